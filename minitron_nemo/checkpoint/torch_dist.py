@@ -1,0 +1,200 @@
+"""Reading and writing Megatron's torch_dist checkpoints tensor by tensor: no process group, no Megatron, no GPU.
+
+A checkpoint is a folder: `.metadata` says for every global tensor which boxes (chunks) of it lie where,
+`__R_I.distcp` hold the chunks, each a `torch.save` payload; `metadata.json` and `common.pt` complete what
+`megatron.core.dist_checkpointing.load` expects. The tensors of all layers are stacked, `[num_layers, ...]`.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checkpoint.paths import is_plain_name
+from minitron_nemo.checkpoint.restricted_pickle import (
+    DTYPES,
+    METADATA_FILE,
+    Chunk,
+    StoredTensor,
+    coverage_fault,
+    metadata_bytes,
+    one_line,
+    overlap,
+    read_metadata,
+)
+from minitron_nemo.errors import UserError
+
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class TorchDistReader:
+    """The global tensors of a torch_dist folder, whatever layout wrote them; reads only the chunks it needs.
+
+    Raises UserError for a folder that is not a checkpoint, or whose metadata or payloads do not fit together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._tensors = read_metadata(self.folder / METADATA_FILE)
+        for name in {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}:
+            self._check_file(name)
+        self._whole: set[str] = set()
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._tensors[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def read(self, key: str, *, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None) -> Tensor:
+        """The box of `size` at `offset` of the global tensor, on the CPU in its stored dtype; the default is all."""
+        stored = self._tensors[key]
+        offset = (0,) * len(stored.shape) if offset is None else tuple(offset)
+        size = tuple(s - o for s, o in zip(stored.shape, offset, strict=True)) if size is None else tuple(size)
+        box = Chunk(offset, size, file="", start=0, length=0)
+        if min(offset, default=0) < 0 or any(e > s for e, s in zip(box.end, stored.shape, strict=True)):
+            raise IndexError(f"{key}: box at {offset} of size {size} leaves the shape {stored.shape}")
+        self._check_whole(key)
+        result = torch.empty(size, dtype=stored.dtype)
+        for chunk in stored.chunks:
+            if chunk.size == size and chunk.offset == offset:
+                return self._payload(key, chunk)
+            if (shared := overlap(box, chunk)) is not None:
+                result[_slices(shared, box.offset)] = self._payload(key, chunk)[_slices(shared, chunk.offset)]
+        return result
+
+    def _check_whole(self, key: str) -> None:
+        if key in self._whole:
+            return
+        if (fault := coverage_fault(self._tensors[key])) is not None:
+            raise UserError(f"{self.folder}: tensor {key} is incomplete: {fault}")
+        self._whole.add(key)
+
+    def _check_file(self, name: str) -> None:
+        """A name from `.metadata` must stay inside the folder: a plain file name, no link."""
+        if not is_plain_name(name):
+            raise UserError(f"{self.folder}: .metadata names the file {name!r}; only names inside the folder are read")
+        path = self.folder / name
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: named by .metadata, but it is not a regular file of this checkpoint")
+
+    def _payload(self, key: str, chunk: Chunk) -> Tensor:
+        """One stored chunk, checked against what the metadata promises."""
+        path = self.folder / chunk.file
+        dtype = self._tensors[key].dtype
+        with path.open("rb") as file:
+            file.seek(chunk.start)
+            data = file.read(chunk.length)
+        if len(data) != chunk.length:
+            raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
+        try:
+            tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
+        except Exception as error:
+            raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != chunk.size:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"{path}: the chunk of {key} is {found}; .metadata promises {dtype} {chunk.size}")
+        return tensor.detach()
+
+
+def _slices(box: tuple[tuple[int, ...], tuple[int, ...]], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    begin, end = box
+    return tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, origin, strict=True))
+
+
+class HashingFile:
+    """A file that is hashed while it is written, so that no cache stands between the hash and the data."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        count = self.file.write(data)
+        self.sha256.update(data)
+        self.position += count
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class TorchDistWriter:
+    """Appends chunks to `__{rank}_0.distcp`; `close` gives the records that `write_metadata` needs of every rank.
+
+    `sha256` is the hash of the file so far. Files are created, never reopened.
+    """
+
+    def __init__(self, folder: str | Path, *, rank: int = 0) -> None:
+        self.name = f"__{rank}_0.distcp"
+        self._file = (Path(folder) / self.name).open("xb")
+        self._stream = HashingFile(self._file)
+        self._records: list[dict[str, Any]] = []
+
+    def write(self, key: str, tensor: Tensor, *, global_shape: Sequence[int], offset: Sequence[int]) -> None:
+        """Append the chunk of `key` that starts at `offset`; `tensor` has as many dims as `global_shape`."""
+        if not tensor.dim() == len(global_shape) == len(offset):
+            raise ValueError(f"{key}: chunk {tuple(tensor.shape)} at {tuple(offset)} of {tuple(global_shape)}")
+        start = self._stream.position
+        # A view would be saved with the whole storage behind it.
+        payload = tensor.detach().cpu().contiguous().clone()
+        torch.save(payload, self._stream)  # type: ignore[arg-type]
+        self._records.append(
+            {
+                "key": key,
+                "dtype": str(payload.dtype).removeprefix("torch."),
+                "global_shape": list(global_shape),
+                "offset": list(offset),
+                "size": list(payload.shape),
+                "file": self.name,
+                "start": start,
+                "length": self._stream.position - start,
+            }
+        )
+
+    @property
+    def sha256(self) -> str:
+        return self._stream.sha256.hexdigest()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Flush to the disk; the chunk records, JSON-able."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return self._records
+
+
+def write_metadata(folder: str | Path, records: list[dict[str, Any]]) -> None:
+    """Complete a torch_dist folder: `.metadata`, `metadata.json` and `common.pt` for the chunks of all ranks.
+
+    Raises AssertionError when the chunks do not cover every global tensor exactly.
+    """
+    folder = Path(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for record in records:
+        key, shape, dtype = record["key"], tuple(record["global_shape"]), DTYPES[record["dtype"]]
+        before = tensors.get(key, StoredTensor(shape, dtype, ()))
+        assert (before.shape, before.dtype) == (shape, dtype), f"{key}: ranks disagree on its shape or dtype"
+        chunk = Chunk(tuple(record["offset"]), tuple(record["size"]), record["file"], record["start"], record["length"])
+        tensors[key] = StoredTensor(shape, dtype, (*before.chunks, chunk))
+    for key, stored in tensors.items():
+        fault = coverage_fault(stored)
+        assert fault is None, f"{key}: {fault}"
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(BACKEND))
+    (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors))

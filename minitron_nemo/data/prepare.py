@@ -1,0 +1,218 @@
+"""Text to a Megatron `.bin/.idx` pair: tokenized in parallel, resumable, the same bytes however it was made."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minitron_nemo.config import CorpusConfig
+from minitron_nemo.data.corpora import Skipped, list_files
+from minitron_nemo.data.shards import (
+    ShardIndex,
+    ShardJob,
+    is_finished,
+    plan_shards,
+    read_index,
+    start_worker,
+    write_shard,
+)
+from minitron_nemo.data.tokenizer import Tokenizer
+from minitron_nemo.errors import UserError
+from minitron_nemo.progress import progress
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What `<name>.json` says about a prepared corpus."""
+
+    documents: int
+    tokens: int  # with one end-of-document token for each document
+    text_bytes: int  # UTF-8, before tokenization
+    skipped: Skipped
+    tokenizer: str  # fingerprint
+    vocab_size: int  # of the tokenizer: every id is below
+    eod: int
+    dtype: str
+    sha256: dict[str, str]  # of the .bin and the .idx
+
+
+def read_facts(path: Path) -> CorpusFacts:
+    """Raises UserError for a file that is not the facts of a prepared corpus."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return CorpusFacts(**{**values, "skipped": Skipped(**values["skipped"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not the facts of a prepared corpus ({error}); prepare it again: python recipes/prepare_data.py"
+        ) from None
+
+
+def prepare_corpus(
+    name: str,
+    corpus: CorpusConfig,
+    *,
+    tokenizer: Tokenizer,
+    output: Path,
+    workers: int = 1,
+    work: Path | None = None,
+    show_progress: bool = True,
+) -> CorpusFacts:
+    """Facts of the corpus written to `<output>/<name>.bin`, `.idx` and `.json`.
+
+    The pair is a function of the set of documents and the tokenizer alone: not of files, workers or restarts.
+    Finished shards wait in `<work>/<name>.shards/` (`work` is `output` when not given) until all are there; a second
+    call after a crash takes them up. Raises UserError for missing or bad input.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"prepare_data.corpora.{name}: a corpus name is a plain file name, without folders")
+    files = list_files(corpus, name=name)
+    folder = (work or output) / f"{name}.shards"
+    for place in (output, folder):
+        place.mkdir(parents=True, exist_ok=True)
+    dtype = _dtype(tokenizer.vocab_size)
+    jobs = plan_shards(files, corpus, tokenizer=tokenizer, dtype=dtype, folder=folder)
+    _write_shards(jobs, workers=workers, label=f"prepare {name}", show_progress=show_progress)
+    facts = _merge(jobs, output / name, tokenizer=tokenizer, dtype=dtype, corpus=corpus)
+    shutil.rmtree(folder)
+    if work and not any(work.iterdir()):
+        work.rmdir()
+    logger.info("%s: %d documents, %d tokens, skipped %s", name, facts.documents, facts.tokens, asdict(facts.skipped))
+    return facts
+
+
+def _dtype(vocab_size: int) -> str:
+    # Here and below: megatron brings torch along, which every worker process would pay for at its start.
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return np.dtype(DType.optimal_dtype(vocab_size)).name
+
+
+def _write_shards(jobs: list[ShardJob], *, workers: int, label: str, show_progress: bool) -> None:
+    total = sum(job.num_bytes for job in jobs)
+    todo = [job for job in jobs if not is_finished(job)]
+    done = total - sum(job.num_bytes for job in todo)
+    with progress(total, label, unit="byte", done=done, enabled=show_progress) as bar:
+        for job in _finished(todo, min(workers, len(todo))):
+            bar.advance(job.num_bytes)
+
+
+def _finished(jobs: list[ShardJob], workers: int) -> Iterator[ShardJob]:
+    """The jobs as they get done, in any order."""
+    if workers <= 1:
+        for job in jobs:
+            write_shard(job)
+            yield job
+        return
+    # Not fork: threads of the tokenizer or of torch in this process would be copied in mid-step.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+        futures = {pool.submit(write_shard, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool:
+            raise UserError(
+                f"prepare_data.workers={workers}: a worker process was killed, most likely for want of memory; give "
+                "fewer workers, the finished part is kept"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _merge(
+    jobs: list[ShardJob], prefix: Path, *, tokenizer: Tokenizer, dtype: str, corpus: CorpusConfig
+) -> CorpusFacts:
+    """All shards as one pair, documents in the order of their digest, duplicates once; put in place at the end."""
+    indices = [read_index(job) for job in jobs]
+    skipped = Skipped()
+    for index in indices:
+        skipped.add(index.skipped)
+    order = _order(np.concatenate([index.digests for index in indices]))
+    lengths = np.concatenate([index.lengths for index in indices])
+    if len(order) == 0:
+        raise UserError(
+            f"prepare_data.corpora.{prefix.name}: no documents in {corpus.input} (skipped {asdict(skipped)}); "
+            "check input, glob, text_key and docstrings_only"
+        )
+    skipped.duplicates = len(lengths) - len(order)
+    temps = {suffix: prefix.parent / f"{prefix.name}{suffix}.tmp" for suffix in SUFFIXES}
+    _write_pair(jobs, indices, order=order, dtype=dtype, temps=temps)
+    facts = CorpusFacts(
+        documents=len(order),
+        tokens=int(lengths[order].sum()),
+        text_bytes=int(np.concatenate([index.text_bytes for index in indices])[order].sum()),
+        skipped=skipped,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        dtype=dtype,
+        sha256={suffix[1:]: _sha256(temps[suffix]) for suffix in (".bin", ".idx")},
+    )
+    temps[".json"].write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    _publish(temps, prefix)
+    return facts
+
+
+def _write_pair(
+    jobs: list[ShardJob], indices: list[ShardIndex], *, order: np.ndarray, dtype: str, temps: dict[str, Path]
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    shard = np.repeat(np.arange(len(jobs)), [len(index.lengths) for index in indices])
+    lengths = np.concatenate([index.lengths for index in indices])
+    ends = np.concatenate([np.cumsum(index.lengths) for index in indices])
+    # An empty file cannot be mapped, and no document points into it.
+    tokens = {
+        number: np.memmap(job.tokens_path, dtype=dtype, mode="r")
+        for number, (job, index) in enumerate(zip(jobs, indices, strict=True))
+        if len(index.lengths)
+    }
+    builder = IndexedDatasetBuilder(str(temps[".bin"]), dtype=np.dtype(dtype).type)
+    for document in order:
+        end = int(ends[document])
+        length = int(lengths[document])
+        builder.add_document(tokens[int(shard[document])][end - length : end], [length])
+    builder.finalize(str(temps[".idx"]))
+
+
+def _order(digests: np.ndarray) -> np.ndarray:
+    """Indices of the distinct documents, sorted by digest.
+
+    Training takes the first documents and validation the last. Sorted by hash they are two fair draws from the
+    corpus; in the order of the files validation would be whatever came last (one author, one year, one language).
+    Sorted by text rather than by path, the order also survives files being moved, split or joined.
+    """
+    order = np.lexsort(tuple(digests.T[::-1]))
+    ordered = digests[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order[first]
+
+
+def _publish(temps: dict[str, Path], prefix: Path) -> None:
+    """Put the files in place. Facts go first and come last: a pair without them is not taken for finished."""
+    targets = {suffix: prefix.parent / f"{prefix.name}{suffix}" for suffix in temps}
+    targets[".json"].unlink(missing_ok=True)
+    for suffix, temp in temps.items():
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, targets[suffix])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

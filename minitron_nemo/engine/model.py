@@ -1,0 +1,174 @@
+"""Building a Megatron-Core GPT of a given shape on this rank: Transformer Engine where present, else torch."""
+
+import functools
+import importlib.util
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from minitron_nemo.arch import ModelArch
+from minitron_nemo.engine.attention import Norm, SdpaCoreAttention
+from minitron_nemo.engine.layout import check_layout
+from minitron_nemo.parallel import Groups, stage_layers
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def engine_choice() -> str:
+    """What runs the layers here, in one line for the log."""
+    layers = "Transformer Engine" if has_transformer_engine() else "torch layers, scaled_dot_product_attention"
+    apex = "Apex fused optimizer" if importlib.util.find_spec("apex") is not None else "torch optimizer"
+    return f"engine: Megatron-Core, {layers}, {apex if not has_transformer_engine() else 'Transformer Engine Adam'}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How models are built on this rank: the groups, the dtype of weights and the memory saving."""
+
+    groups: Groups
+    dtype: torch.dtype = torch.float32
+    recompute_activations: bool = False
+    # Stage splits are per model, because teacher and student have their own.
+    stage_layers: list[int] | None = field(default=None)
+
+
+def transformer_config(arch: ModelArch, engine: Engine) -> TransformerConfig:
+    """Megatron's configuration of this shape under this layout; dropout and biases are off in every family."""
+    groups = engine.groups
+    stages = stage_layers(arch.num_layers, groups.pp_size, engine.stage_layers)
+    options: dict[str, Any] = {}
+    if groups.pp_size > 1:
+        rows = [["decoder"] * layers for layers in stages]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        options["pipeline_model_parallel_layout"] = rows
+    if engine.recompute_activations:
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    te = has_transformer_engine()
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        normalization="LayerNorm" if arch.has_norm_bias else "RMSNorm",
+        layernorm_zero_centered_gamma=arch.has_norm_bias,
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=arch.is_gated,
+        activation_func=torch.nn.functional.silu if arch.is_gated else squared_relu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        sequence_parallel=groups.sequence_parallel,
+        params_dtype=engine.dtype,
+        pipeline_dtype=engine.dtype,
+        bf16=engine.dtype == torch.bfloat16,
+        use_cpu_initialization=groups.device.type == "cpu",
+        # Weights always come from a checkpoint, but only initializing marks the tensor-parallel parameters,
+        # and without the marks the gradient norm would leave out the other ranks' parts.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        calculate_per_token_loss=True,  # sums over tokens; divided once by the tokens of the global batch
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=te and arch.is_gated,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=te,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=groups.device.type == "cuda",
+        **options,
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    return spec
+
+
+class HeadlessGPT(GPTModel):
+    """A GPT whose last stage emits hidden states [s, b, h] for the loss to take through the head, not logits.
+
+    The loss owns the output heads of student and teacher and works through them in chunks, so logits of a whole
+    micro-batch never exist (docs/architecture.md, "The teacher emits hidden states").
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # Gathers the sequence; its backward sums the partial gradients of the ranks and scatters them.
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        if self.post_process and self.config.tensor_model_parallel_size > 1:
+            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output head, [padded vocabulary / tp, h]; last stage only."""
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+
+
+def build_model(arch: ModelArch, engine: Engine) -> HeadlessGPT:
+    """This rank's part of the model, weights not yet loaded (see `engine.weights.load_weights`)."""
+    groups = engine.groups
+    check_layout("model", arch, groups=groups, asked_stages=engine.stage_layers)
+    config = transformer_config(arch, engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notices of absent fused kernels; engine_choice() says it in one line
+        model = HeadlessGPT(
+            config=config,
+            transformer_layer_spec=_block_spec(config),
+            vocab_size=arch.padded_vocab_size(groups.tp_size),
+            max_sequence_length=arch.seq_length,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=arch.rotary_percent,
+            rotary_base=int(arch.rotary_base),
+        )
+    # One formula for every family: Megatron's own Llama-3 scaling fixes the original context length at 8192.
+    model.rotary_pos_emb.inv_freq = arch.rotary_inverse_frequencies().to(groups.device)
+    return model.to(device=groups.device, dtype=engine.dtype)
+
+
+def _block_spec(config: TransformerConfig) -> Any:
+    """The layer spec, and our norm for the final norm where Transformer Engine is absent."""
+    layer = _layer_spec(config)
+    if has_transformer_engine():
+        return layer
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)

@@ -1,0 +1,9 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input: the message says what was given, what is allowed and how to fix it, in one line.
+
+    Entry points print it as `error: ...` and exit with code 2. Anything else is a defect of ours and
+    keeps its traceback.
+    """

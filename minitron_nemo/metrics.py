@@ -1,0 +1,51 @@
+"""Training metrics: one flat record per logged step, to `metrics.jsonl` and TensorBoard."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 peak, FLOP/s (vendor data sheets); models not listed get no share of peak.
+PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this rank's device, None where unknown (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl`; a resumed run first drops the records after its step."""
+
+    def __init__(self, folder: Path, *, resumed_step: int = 0, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step] if resumed_step else []
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
+
+    def _lines(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return [line for line in lines if line.endswith("}")]  # a line cut by a kill is not a record
+
+    def write(self, *, step: int, **values: float) -> None:
+        if not self.enabled:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.board.close()

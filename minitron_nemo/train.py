@@ -1,0 +1,134 @@
+"""The one training loop. What it minimizes is an argument."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.config import TrainingConfig
+from minitron_nemo.engine.optimizer import Optimization
+from minitron_nemo.engine.schedule import Batch, Objective, run_batch
+from minitron_nemo.engine.state import CheckpointFolder, Position
+from minitron_nemo.errors import UserError
+from minitron_nemo.metrics import MetricsWriter, peak_flops
+from minitron_nemo.parallel import Groups
+from minitron_nemo.progress import progress
+
+logger = logging.getLogger(__name__)
+
+GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """All the loop needs besides the objective."""
+
+    name: str
+    training: Optimization
+    config: TrainingConfig
+    groups: Groups
+    checkpoints: CheckpointFolder
+    logs: Path
+    train_batch: GetBatch
+    valid_batch: GetBatch
+    seq_length: int
+    flops_per_token: float  # of a training step, teacher included
+    log_every_n_steps: int = 10
+
+
+def train(run: TrainingRun, objective: Objective) -> Position:
+    """Train to `max_steps`, resuming where a stopped run was; returns where it ended."""
+    config, groups = run.config, run.groups
+    position = run.checkpoints.resume(run.training)
+    metrics = MetricsWriter(run.logs, resumed_step=position.step, enabled=groups.is_main)
+    tokens_per_step = config.global_batch_size * run.seq_length
+    total_tokens = config.max_steps * tokens_per_step
+    done = position.step * tokens_per_step
+    with progress(total_tokens, run.name, unit="token", done=done, enabled=groups.is_main) as bar:
+        started = time.monotonic()
+        since = position.step
+        while position.step < config.max_steps:
+            batches = _micro_batches(run, run.train_batch, position.consumed_samples)
+            run.training.zero_gradients()
+            learning_rate = run.training.learning_rate
+            sums = run_batch(run.training.model, batches, objective, groups=groups, train=True)
+            _refuse_non_finite(sums, position, run.logs)
+            grad_norm = run.training.step()
+            position.step += 1
+            position.consumed_samples += config.global_batch_size
+            position.consumed_tokens += int(sums[0])
+            record = _losses(sums, objective)
+            bar.advance(tokens_per_step, **_first(record))
+            is_last = position.step == config.max_steps
+            if position.step % run.log_every_n_steps == 0 or is_last:
+                seconds = time.monotonic() - started
+                record |= dict(learning_rate=learning_rate, grad_norm=grad_norm)
+                record |= dict(consumed_tokens=position.consumed_tokens)
+                record |= _speed((position.step - since) * tokens_per_step / seconds, run)
+                metrics.write(step=position.step, **record)
+                started, since = time.monotonic(), position.step
+            if config.val_check_interval and (position.step % config.val_check_interval == 0 or is_last):
+                valid = validate(run, objective)
+                metrics.write(
+                    step=position.step,
+                    consumed_tokens=position.consumed_tokens,
+                    **{f"val_{name}": value for name, value in valid.items()},
+                )
+                started, since = time.monotonic(), position.step
+            if config.save_every_n_steps and position.step % config.save_every_n_steps == 0 and not is_last:
+                run.checkpoints.save(run.training, position)
+                started, since = time.monotonic(), position.step
+    metrics.close()
+    return position
+
+
+def validate(run: TrainingRun, objective: Objective) -> dict[str, float]:
+    """The losses on the first `limit_val_batches` global batches of held-out data."""
+    sums = torch.zeros(4, dtype=torch.float64, device=run.groups.device)
+    with torch.no_grad():
+        for index in range(run.config.limit_val_batches):
+            batches = _micro_batches(run, run.valid_batch, index * run.config.global_batch_size)
+            sums += run_batch(run.training.model, batches, objective, groups=run.groups, train=False)
+    return _losses(sums, objective)
+
+
+def _micro_batches(run: TrainingRun, get: GetBatch, first: int) -> list[Batch]:
+    """This data-parallel rank's share of the global batch that starts at sample `first`."""
+    size = run.config.micro_batch_size
+    share = run.config.global_batch_size // run.groups.dp_size
+    start = first + run.groups.dp_rank * share
+    return [get(start + offset, size) for offset in range(0, share, size)]
+
+
+def _losses(sums: Tensor, objective: Objective) -> dict[str, float]:
+    """Means over tokens of a global batch under their full names, what is minimized first."""
+    tokens, kl, lm, agreement = sums.tolist()
+    if not objective.has_teacher:
+        return {"lm_loss": lm / tokens}
+    return {"forward_kl": kl / tokens, "lm_loss": lm / tokens, "top1_agreement": agreement / tokens}
+
+
+def _first(record: dict[str, float]) -> dict[str, float]:
+    return dict([next(iter(record.items()))])
+
+
+def _speed(tokens_per_second: float, run: TrainingRun) -> dict[str, float]:
+    """Throughput of all ranks, model FLOP/s of one, and its share of the device's peak where that is known."""
+    flops = tokens_per_second * run.flops_per_token / run.groups.world_size
+    peak = peak_flops(run.groups.device)
+    share = {"model_flops_utilization": flops / peak} if peak else {}
+    return {"tokens_per_second": tokens_per_second, "model_flops_per_second_per_rank": flops, **share}
+
+
+def _refuse_non_finite(sums: Tensor, position: Position, logs: Path) -> None:
+    """Stop before a step that would poison the weights; the last checkpoint is untouched."""
+    if not all(map(math.isfinite, sums.tolist())):
+        raise UserError(
+            f"step {position.step + 1}: the loss is not finite (samples from {position.consumed_samples}); weights are "
+            f"unchanged since the last checkpoint; lower optim.lr or look at the data; metrics are in {logs}"
+        )

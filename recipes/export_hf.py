@@ -1,0 +1,23 @@
+"""Export: a sharded `.nemo` model becomes a Hugging Face folder that `transformers` opens with the same logits."""
+
+from pathlib import Path
+
+from minitron_nemo.checkpoint.hf import KIND, export_hf
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.config import Config
+
+
+def prepare(config: Config) -> Job:
+    model = open_nemo(config.export_hf.checkpoint)
+    return Job(Path(str(config.export_hf.output)), KIND, {}, {"model": model.path})
+
+
+def run(config: Config, job: Job) -> None:
+    export_hf(open_nemo(config.export_hf.checkpoint), job.output, **job.origin)
+
+
+RECIPE = Recipe("export_hf", prepare, run)
+
+if __name__ == "__main__":
+    main(RECIPE)

@@ -1,0 +1,31 @@
+"""Import: a Hugging Face folder (or hub name) becomes a sharded `.nemo` model; its shape comes from the folder."""
+
+from pathlib import Path
+
+from minitron_nemo.checkpoint.hf import arch_from_hf, import_hf, resolve_source
+from minitron_nemo.checkpoint.manifest import file_sha256
+from minitron_nemo.cli import Job, Recipe, logger, main
+from minitron_nemo.config import Config
+from minitron_nemo.errors import UserError
+
+
+def prepare(config: Config) -> Job:
+    section = config.import_hf
+    if section.source is None:
+        raise UserError("import_hf.source is not set: give a Hugging Face folder or hub name")
+    folder = resolve_source(section.source)
+    logger.info(f"import_hf: {folder}: {arch_from_hf(folder).describe()}")
+    # Sizes and times of the weights stand for their content: hashing tens of gigabytes to skip a copy is no gain.
+    weights = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    small = {path.name: file_sha256(path) for path in sorted(folder.glob("*.json"))}
+    return Job(Path(str(section.output)), "model", {"weights": weights, "files": small})
+
+
+def run(config: Config, job: Job) -> None:
+    import_hf(resolve_source(str(config.import_hf.source)), job.output, **job.origin)
+
+
+RECIPE = Recipe("import_hf", prepare, run)
+
+if __name__ == "__main__":
+    main(RECIPE)

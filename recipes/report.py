@@ -1,0 +1,26 @@
+"""Report: one table and one page of plots for all models of a run."""
+
+from pathlib import Path
+
+from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.config import Config
+from minitron_nemo.errors import UserError
+from minitron_nemo.report import format_table, write_report
+
+
+def prepare(config: Config) -> Job:
+    if not config.report.models:
+        raise UserError("report.models is empty: name the models to compare, such as report.models=[teacher,student]")
+    return Job(Path(str(config.report.output)), "report", {}, always=True)
+
+
+def run(config: Config, job: Job) -> None:
+    models = write_report(Path(config.run_dir), config.report.models, output=job.output)
+    print(format_table(models))
+    print(f"report: {job.output}")
+
+
+RECIPE = Recipe("report", prepare, run)
+
+if __name__ == "__main__":
+    main(RECIPE)

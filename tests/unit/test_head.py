@@ -1,0 +1,105 @@
+"""pytest tests/unit/test_head.py: the chunked head loss equals a float64 reference, in value and gradient."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from minitron_nemo.distillation.head import HeadLoss
+
+
+def reference(student, teacher, labels, mask, *, tau=1.0, kl=1.0, ce=0.0):
+    """The formula of the docstring, whole and in float64: (loss, gradients of hidden states and weight)."""
+    (x, w), (tx, tw) = ([t.double().requires_grad_() for t in pair] for pair in (student, teacher))
+    s, t = x @ w.T, (tx @ tw.T).detach()
+    log_p, log_q = log_softmax(t / tau, dim=1), log_softmax(s / tau, dim=1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    ce_N = cross_entropy(s, labels, reduction="none")
+    loss = (mask.double() * (kl * tau**2 * divergence + ce * ce_N)).sum()
+    loss.backward()
+    sums = torch.stack([mask.double().sum(), (divergence * mask).sum(), (ce_N * mask).sum(),
+                        ((s.argmax(1) == t.argmax(1)) * mask).sum()])  # fmt: skip
+    return loss.detach(), x.grad, w.grad, sums.detach()
+
+
+def problem(tokens=23, vocab=37, hidden=8, teacher_hidden=12, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * scale  # noqa: E731
+    student, teacher = (draw(tokens, hidden), draw(vocab, hidden)), (draw(tokens, teacher_hidden), draw(vocab, teacher_hidden))
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    return student, teacher, labels, (torch.rand(tokens, generator=generator) > 0.3).float()
+
+
+def ours(student, teacher, labels, mask, **options):
+    x, w = (tensor.clone().requires_grad_() for tensor in student)
+    loss, sums = HeadLoss(**options)((x, w), teacher, labels_N=labels, mask_N=mask)
+    loss.backward()
+    return loss.detach(), x.grad, w.grad, sums
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_loss_and_gradients_equal_the_float64_formula(tau, weights, chunk):
+    args = problem()
+    loss, dx, dw, sums = ours(*args, vocab_size=37, kl_weight=weights[0], cross_entropy_weight=weights[1],
+                              temperature=tau, chunk_tokens=chunk)  # fmt: skip
+    want = reference(*args, tau=tau, kl=weights[0], ce=weights[1])
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx.double(), want[1], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(dw.double(), want[2], rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(sums, want[3], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_has_no_divergence_from_itself_and_no_gradient():
+    (x, w), _, labels, mask = problem()
+    loss, dx, dw, sums = ours((x, w), (x, w), labels, mask, vocab_size=37)
+    assert abs(loss) < 1e-4
+    assert dx.abs().max() < 1e-5
+    assert dw.abs().max() < 1e-5
+    assert sums[3] == sums[0]
+
+
+def test_divergence_is_forward_not_reverse():
+    student, teacher, labels, mask = problem()
+    forward = ours(student, teacher, labels, mask, vocab_size=37)[0]
+    backward = ours(teacher, student, labels, mask, vocab_size=37)[0]
+    assert abs(forward - backward) > 1e-2
+
+
+def test_masked_tokens_change_nothing():
+    student, teacher, labels, mask = problem()
+    kept = mask.bool()
+    only = ours((student[0][kept], student[1]), (teacher[0][kept], teacher[1]), labels[kept], mask[kept], vocab_size=37)
+    whole = ours(student, teacher, labels, mask, vocab_size=37)
+    torch.testing.assert_close(whole[0], only[0])
+    torch.testing.assert_close(whole[1][kept], only[1])
+    assert whole[1][~kept].abs().max() == 0
+    torch.testing.assert_close(whole[2], only[2], rtol=1e-5, atol=1e-6)
+
+
+def test_padding_rows_of_the_vocabulary_have_no_influence_and_no_gradient():
+    student, teacher, labels, mask = problem()
+    want = ours(student, teacher, labels, mask, vocab_size=37)
+    padded = [(x, torch.cat([w, torch.full((5, w.shape[1]), 9.0)])) for x, w in (student, teacher)]
+    got = ours(*padded, labels, mask, vocab_size=37)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1])
+    torch.testing.assert_close(got[2][:37], want[2])
+    assert got[2][37:].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_extreme_logits_stay_finite_and_exact(scale):
+    args = problem(scale=scale**0.5 * 2)
+    loss, dx, _, _ = ours(*args, vocab_size=37)
+    want = reference(*args)
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(dx.double(), want[1], rtol=1e-3, atol=1e-2)
+
+
+def test_evaluation_computes_no_gradient():
+    student, teacher, labels, mask = problem()
+    with torch.no_grad():
+        loss, sums = HeadLoss(vocab_size=37)(student, teacher, labels_N=labels, mask_N=mask)
+    assert not loss.requires_grad
+    torch.testing.assert_close(sums, reference(student, teacher, labels, mask)[3], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,300 @@
+"""Hugging Face folders: an export of an import is the import, and a bad folder is refused by name."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from hf_models import LLAMA3_ROPE, save_tiny_hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minitron_nemo.arch import ModelArch
+from minitron_nemo.checkpoint import hf
+from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
+from minitron_nemo.errors import UserError
+from minitron_nemo.parameters import logical_tensors
+
+CASES = {
+    "llama3": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "multihead": ("llama", {"num_key_value_heads": 4, "head_dim": None}),
+    "mistral": ("mistral", {"vocab_size": 128, "num_hidden_layers": 3}),
+    "nemotron": ("nemotron", {}),
+    "one_group": ("nemotron", {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default",
+                  "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
+}  # fmt: skip
+
+
+def convert(source, tmp_path, **options):
+    """Import and export again; returns (opened .nemo, exported folder)."""
+    hf.import_hf(source, tmp_path / "x.nemo", fingerprint="f", config={})
+    nemo = open_nemo(tmp_path / "x.nemo", verify=True)
+    hf.export_hf(nemo, tmp_path / "out", **options)
+    return nemo, tmp_path / "out"
+
+
+def all_tensors(folder):
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", list(CASES))
+def test_an_export_of_an_import_is_bit_equal(tmp_path, case, dtype):
+    family, overrides = CASES[case]
+    source = save_tiny_hf(tmp_path / "in", family, dtype=dtype, **overrides)
+    nemo, out = convert(source, tmp_path)
+    assert nemo.dtype == dtype
+    before, after = all_tensors(source), all_tensors(out)
+    assert set(before) == set(after)
+    assert all(before[name].dtype == after[name].dtype == dtype for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
+    assert config[0] == config[1]
+    names = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    assert all((source / name).read_bytes() == (out / name).read_bytes() for name in names)
+    assert not (out / "hf_config.json").exists()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_transformers_opens_the_export_and_computes_the_same_logits(tmp_path, case):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    family, overrides = CASES[case]
+    source = save_tiny_hf(tmp_path / "in", family, **overrides)
+    _, out = convert(source, tmp_path, shard_bytes=40_000)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (source, out)]
+    assert torch.equal(*logits)
+    assert logits[0].std() > 0.01
+    assert AutoTokenizer.from_pretrained(out)("w0 w5").input_ids == [3, 8]
+    with safe_open(next(out.glob("*.safetensors")), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_hold_what_the_index_says_and_stay_under_the_limit(tmp_path):
+    source = save_tiny_hf(tmp_path / "in", "llama", max_shard_size="40KB")
+    assert (source / hf.INDEX_FILE).exists()
+    _, out = convert(source, tmp_path, shard_bytes=40_000)
+    index = json.loads((out / hf.INDEX_FILE).read_text())
+    files = sorted(file.name for file in out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    for file in files:
+        tensors = load_file(out / file)
+        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == file}
+        assert sum(t.nbytes for t in tensors.values()) <= 40_000
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in all_tensors(out).values())
+
+
+def test_queries_keys_and_values_are_packed_by_query_group():
+    arch = ModelArch(1, 8, 8, 4, 2, 3, 16, 16)
+    marked = [torch.arange(heads)[:, None, None].add(start).expand(heads, 3, 8).reshape(-1, 8)
+              for heads, start in ((4, 0), (2, 10), (2, 20))]  # fmt: skip
+    packed = hf.pack(marked, packing="gqa", arch=arch)
+    assert packed[:, 0].tolist() == [head for head in (0, 1, 10, 20, 2, 3, 11, 21) for _ in range(3)]
+    again = hf.unpack(packed, packing="gqa", arch=arch)
+    assert all(torch.equal(a, b) for a, b in zip(again, marked, strict=True))
+
+
+def test_each_query_group_is_its_queries_then_its_key_then_its_value(tmp_path):
+    """Two groups of two query heads, 12 channels each."""
+    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
+    tensors = all_tensors(folder.path)
+    q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
+    linear_qkv = next(p for p, _ in logical_tensors(folder.arch) if p.key.endswith("linear_qkv.weight"))
+    expected = torch.cat([q[:24], k[:12], v[:12], q[24:], k[12:], v[12:]])
+    assert torch.equal(folder.read(linear_qkv, 1), expected)
+
+
+def test_gate_comes_before_up(tmp_path):
+    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
+    tensors = all_tensors(folder.path)
+    fc1 = next(p for p, layer in logical_tensors(folder.arch) if p.key.endswith("linear_fc1.weight"))
+    gate, up = (tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    assert torch.equal(folder.read(fc1, 1), torch.cat([gate, up]))
+
+
+def test_each_norm_stands_before_the_matrix_it_feeds(tmp_path):
+    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "nemotron", tokenizer=False))
+    tensors = all_tensors(folder.path)
+    table = {p.key: p for p, _ in logical_tensors(folder.arch)}
+    for part in ("weight", "bias"):
+        before_qkv = table[f"decoder.layers.self_attention.linear_qkv.layer_norm_{part}"]
+        before_fc1 = table[f"decoder.layers.mlp.linear_fc1.layer_norm_{part}"]
+        assert torch.equal(folder.read(before_qkv, 1), tensors[f"model.layers.1.input_layernorm.{part}"])
+        assert torch.equal(folder.read(before_fc1, 0), tensors[f"model.layers.0.post_attention_layernorm.{part}"])
+        assert torch.equal(folder.read(table[f"decoder.final_layernorm.{part}"]), tensors[f"model.norm.{part}"])
+
+
+def test_a_pruned_model_exports_with_the_config_of_its_source(tmp_path):
+    """Width-pruned: `hidden_size` shrinks and `head_dim` stays, told by the config alone."""
+    from transformers import AutoModelForCausalLM
+
+    hf.import_hf(save_tiny_hf(tmp_path / "in", "llama"), tmp_path / "x.nemo", fingerprint="f", config={})
+    teacher = open_nemo(tmp_path / "x.nemo")
+    small = teacher.arch.shrink(hidden_size=24, ffn_hidden_size=40, num_layers=1)
+
+    def cut(parameter, layer):
+        return teacher.read(parameter, layer)[tuple(slice(size) for size in parameter.shape(small))]
+
+    write_nemo(tmp_path / "y.nemo", small, tensors=cut, tokenizer=teacher.path, dtype=torch.bfloat16,
+               fingerprint="f", config={}, parents={"teacher": teacher.sha256})  # fmt: skip
+    hf.export_hf(open_nemo(tmp_path / "y.nemo"), tmp_path / "out")
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    assert sum(p.numel() for p in model.parameters()) == small.num_params()
+    assert model.config.rope_parameters == LLAMA3_ROPE
+    assert hf.arch_from_hf(tmp_path / "out") == small
+
+
+def test_every_hugging_face_tensor_belongs_to_exactly_one_logical_tensor(tmp_path):
+    for family in ("llama", "mistral", "nemotron"):
+        folder = save_tiny_hf(tmp_path / family, family, tokenizer=False)
+        names = [name for name, _ in hf.hf_tensors(hf.arch_from_hf(folder))]
+        assert sorted(names) == sorted(all_tensors(folder))
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    source = save_tiny_hf(tmp_path / "in", "llama", tokenizer=False)
+    seen = []
+    hf.import_hf(source, tmp_path / "x.nemo", fingerprint="f", config={}, progress=lambda *p: seen.append(p))
+    hf.export_hf(open_nemo(tmp_path / "x.nemo"), tmp_path / "out", progress=lambda *p: seen.append(p))
+    total = seen[-1][1]
+    assert seen == [(done, total) for done in range(1, total + 1)] * 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_hf(tmp_path_factory.mktemp("hf") / "in", "llama", tokenizer=False)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A fresh copy to damage."""
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}), "q_proj.bias belongs to no"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight is \(31,\);.* says \(32,\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(32).half()}), "model.norm.weight is stored as F16"),
+        (lambda t: t.update({n: x.double() for n, x in t.items()}), "is stored as F64"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_refused_by_name(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(UserError, match=message):
+        hf.HfFolder(folder)
+
+
+def test_rotary_buffers_and_the_second_name_of_a_tied_table_are_tolerated(folder):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    names = {name for name, _ in hf.hf_tensors(hf.HfFolder(folder).arch)}
+    assert "lm_head.weight" not in names
+
+
+def shard_by_index(folder, name):
+    """Turn the single file into one named by an index under `name`."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = load_file(folder / "a.safetensors")
+    (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "..", "a.bin",
+                                  "..\\a.safetensors"])  # fmt: skip
+def test_an_index_that_leads_out_of_the_folder_is_refused(folder, name):
+    shard_by_index(folder, name)
+    with pytest.raises(UserError, match="names the file"):
+        hf.HfFolder(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a link out of its folder is not followed"):
+        hf.HfFolder(folder)
+
+
+def test_the_links_of_the_hub_cache_are_followed(folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "rev"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert hf.HfFolder(snapshot).arch.hidden_size == 32
+
+
+def test_a_missing_shard_and_a_shard_without_its_tensor_are_refused(folder):
+    shard_by_index(folder, "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors: named by model.safetensors.index.json"):
+        hf.HfFolder(folder)
+    save_file({"other": torch.zeros(1)}, folder / "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors: no tensor model.embed_tokens.weight"):
+        hf.HfFolder(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 7, struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{]"])
+def test_a_damaged_safetensors_file_is_refused_by_name(folder, data):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="model.safetensors: not a readable safetensors file"):
+        hf.HfFolder(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_a_damaged_config_is_refused_by_name(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json: (not readable JSON|expected a JSON object)"):
+        hf.HfFolder(folder)
+
+
+def test_a_folder_without_config_or_safetensors_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="is not a Hugging Face model folder: no config.json"):
+        hf.HfFolder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only safetensors weights are read"):
+        hf.HfFolder(folder)
+
+
+def test_a_source_is_a_folder_or_a_hub_name(folder, monkeypatch):
+    assert hf.resolve_source(str(folder)) == folder
+    with pytest.raises(UserError, match="no such folder, and not a hub name"):
+        hf.resolve_source("no/such/folder")
+    import huggingface_hub
+
+    def offline(*_, **options):
+        assert "*.py" not in options["allow_patterns"]
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="meta-llama/X: no such folder here, and the hub gave nothing: no network$"):
+        hf.resolve_source("meta-llama/X")
+
+
+def test_an_export_replaces_an_export_only_when_asked_and_never_another_folder(tmp_path, tiny):
+    nemo, out = convert(tiny, tmp_path)
+    with pytest.raises(UserError, match="exists already"):
+        hf.export_hf(nemo, out)
+    hf.export_hf(nemo, out, overwrite=True)
+    with pytest.raises(UserError, match="never overwritten"):
+        hf.export_hf(nemo, tiny, overwrite=True)
+
+
+def test_the_scaling_of_the_tests_is_not_megatrons_default():
+    assert LLAMA3_ROPE["original_max_position_embeddings"] != 8192

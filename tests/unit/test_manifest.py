@@ -1,0 +1,160 @@
+"""An artefact is whole or absent, names its origin, and is never a folder of somebody else's."""
+
+import json
+
+import pytest
+
+from minitron_nemo.checkpoint import manifest as m
+from minitron_nemo.errors import UserError
+
+
+def publish(path, *, content=b"one", fingerprint="f1", overwrite=False, **fields):
+    with m.publishing(path, kind="data", fingerprint=fingerprint, config={"a": 1}, parents={"teacher": "00"},
+                      overwrite=overwrite, **fields) as temp:  # fmt: skip
+        (temp / "sub").mkdir()
+        (temp / "sub" / "x.bin").write_bytes(content)
+        (temp / "y.txt").write_text("y")
+
+
+def only_artefact(path):
+    return [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_is_published_is_read_back_and_verifies(tmp_path):
+    path = tmp_path / "runs" / "data"
+    publish(path, tokens=5, extra={"documents": 2})
+    manifest = m.read_manifest(path, kind="data")
+    assert (manifest.fingerprint, manifest.config, manifest.parents) == ("f1", {"a": 1}, {"teacher": "00"})
+    assert (manifest.tokens, manifest.extra) == (5, {"documents": 2})
+    assert set(manifest.files) == {"sub/x.bin", "y.txt"}
+    assert manifest.versions["torch"]
+    m.verify_files(path, manifest)
+    assert only_artefact(path)
+
+
+def test_the_fingerprint_ignores_key_order_and_nothing_else():
+    assert m.fingerprint_of({"a": 1, "b": 2}, [3]) == m.fingerprint_of({"b": 2, "a": 1}, [3])
+    parts = [({"a": 1},), ({"a": 2},), ({"a": "1"},), ({"a": 1}, None), ([{"a": 1}],), ({"a": 1.0},)]
+    assert len({m.fingerprint_of(*part) for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_publication_leaves_nothing(tmp_path, error):
+    def fail():
+        with m.publishing(tmp_path / "data", kind="data", fingerprint="f", config={}, parents={}) as temp:
+            (temp / "x").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_overwrite_leaves_the_old_artefact(tmp_path):
+    path = tmp_path / "data"
+    publish(path)
+    with (
+        pytest.raises(RuntimeError),
+        m.publishing(path, kind="data", fingerprint="f2", config={}, parents={}, overwrite=True),
+    ):
+        raise RuntimeError
+    m.verify_files(path, m.read_manifest(path, kind="data"))
+    assert only_artefact(path)
+
+
+def test_an_existing_artefact_is_replaced_only_when_asked(tmp_path):
+    path = tmp_path / "data"
+    publish(path)
+    with pytest.raises(UserError, match="exists already.*overwrite=true"):
+        publish(path, content=b"two", fingerprint="f2")
+    assert m.is_current(path, "f1")
+    publish(path, content=b"two", fingerprint="f2", overwrite=True)
+    assert m.is_current(path, "f2")
+    assert (path / "sub" / "x.bin").read_bytes() == b"two"
+    assert only_artefact(path)
+
+
+def test_a_folder_that_is_no_artefact_is_never_overwritten(tmp_path):
+    path = tmp_path / "home"
+    path.mkdir()
+    (path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="never overwritten"):
+        publish(path, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(UserError, match="never overwritten"):
+        publish(link, overwrite=True)
+    assert (path / "thesis.txt").read_text() == "years of work"
+
+
+def test_current_means_present_whole_and_of_this_fingerprint(tmp_path):
+    path = tmp_path / "data"
+    assert not m.is_current(path, "f1")
+    publish(path)
+    assert m.is_current(path, "f1")
+    assert not m.is_current(path, "f2")
+    (path / "y.txt").write_text("longer")
+    assert not m.is_current(path, "f1")
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "delete", "link"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "data"
+    publish(path)
+    file = path / "sub" / "x.bin"
+    if damage == "flip":
+        file.write_bytes(b"ona")
+    elif damage == "shorten":
+        file.write_bytes(b"on")
+    else:
+        file.unlink()
+    if damage == "link":
+        (tmp_path / "elsewhere").write_bytes(b"one")
+        file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="x.bin"):
+        m.verify_files(path, m.read_manifest(path, kind="data"))
+
+
+def test_another_kind_and_no_artefact_are_refused(tmp_path):
+    publish(tmp_path / "data")
+    with pytest.raises(UserError, match="is a data artefact; a model artefact is needed"):
+        m.read_manifest(tmp_path / "data", kind="model")
+    with pytest.raises(UserError, match="is not a model artefact: no such folder"):
+        m.read_manifest(tmp_path / "nowhere", kind="model")
+    with pytest.raises(UserError, match="is not a model artefact: no manifest.json"):
+        m.read_manifest(tmp_path, kind="model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{}', '{"kind": "data"}', '{"kind": 1, "fingerprint": "f"}', "[" * 100_000,
+     '{"kind": "data", "fingerprint": "f", "surprise": 1}',
+     '{"kind": "data", "fingerprint": "f", "files": {"../../x": {"size": 1, "sha256": ""}}}',
+     '{"kind": "data", "fingerprint": "f", "files": {"/etc/x": {"size": 1, "sha256": ""}}}',
+     '{"kind": "data", "fingerprint": "f", "files": {"x": {"size": "1", "sha256": ""}}}'],
+)  # fmt: skip
+def test_an_unreadable_manifest_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest.json: not a readable manifest") as caught:
+        m.read_manifest(tmp_path, kind="data")
+    assert "\n" not in str(caught.value)
+    assert not m.is_current(tmp_path, "f")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path):
+    m.check_free_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(UserError, match=r"needs 1100000000.0 GB, .* GB are free"):
+        m.check_free_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_ranks_can_share_the_folder_between_begin_and_finish(tmp_path):
+    path = tmp_path / "data"
+    temp = m.begin(path)
+    assert temp.parent == tmp_path
+    assert not path.exists()
+    (temp / "shard").write_bytes(b"abc")
+    known = {"shard": m.file_sha256(temp / "shard")}
+    manifest = m.finish(temp, path, kind="data", fingerprint="f", config={}, parents={}, hashes=known)
+    assert json.loads((path / "manifest.json").read_text())["files"] == manifest.files
+    m.verify_files(path, manifest)
+    assert len(m.manifest_sha256(path)) == 64

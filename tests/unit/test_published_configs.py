@@ -1,0 +1,90 @@
+"""The published models: every config composes, and its shapes and token counts are those the papers print."""
+
+import pytest
+
+from minitron_nemo.arch import billions
+from minitron_nemo.config import compose
+
+# config: (teacher or source, student) parameters and distillation tokens in billions, calibration samples.
+PUBLISHED = {
+    "llama31_width": ("8.03 B", "4.51 B", 94e9),
+    "llama31_depth": ("8.03 B", "4.54 B", 94e9),
+    "mistral_nemo_width": ("12.2 B", "8.41 B", 380e9),
+    "nemotron4_8b": ("15.6 B", "8.27 B", 94e9),
+    "nemotron4_4b": ("8.27 B", "4.19 B", 94e9),
+}
+RECIPES = ("prepare_data", "import_hf", "correct_teacher", "estimate_importance", "prune", "distill", "evaluate",
+           "export_hf", "pipeline")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_config_composes_for_every_recipe(name, recipe):
+    assert compose(name, recipe=recipe).name == name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_equal_the_published_ones(name):
+    config = compose(name)
+    source = config.model.arch()
+    target = config.prune.target.shrink(source)
+    assert (billions(source.num_params()), billions(target.num_params())) == PUBLISHED[name][:2]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_distillation_sees_the_published_tokens(name):
+    config = compose(name)
+    training = config.distill.training
+    tokens = training.max_steps * training.global_batch_size * config.data.seq_length
+    assert tokens == pytest.approx(PUBLISHED[name][2], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama31_width", "llama31_depth", "mistral_nemo_width"])
+def test_teacher_correction_is_that_of_paper_2(name):
+    config = compose(name)
+    training = config.correct_teacher.training
+    assert training.optim.warmup_steps == 120
+    assert training.max_steps * training.global_batch_size * config.data.seq_length == pytest.approx(100e9, rel=0.01)
+    assert "correct_teacher" in [step.recipe for step in config.pipeline.steps]
+
+
+def test_paper_1_corrects_no_teacher():
+    for name in ("nemotron4_8b", "nemotron4_4b"):
+        config = compose(name)
+        assert "correct_teacher" not in [step.recipe for step in config.pipeline.steps]
+        assert "corrected" not in config.prune.checkpoint + config.distill.teacher + config.evaluate.reference
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("llama31_width", (1e-4, 1e-5, 40)),
+        ("llama31_depth", (1e-4, 1e-5, 40)),
+        ("mistral_nemo_width", (1e-4, 4.5e-7, 60)),
+        ("nemotron4_8b", (2e-4, 4.5e-7, 40)),
+        ("nemotron4_4b", (2e-4, 4.5e-7, 40)),
+    ],
+)
+def test_learning_rates_are_the_published_ones(name, rates):
+    optim = compose(name).distill.training.optim
+    assert (optim.lr, optim.min_lr, optim.warmup_steps) == rates
+    assert optim.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_calibration_has_1024_samples(name):
+    assert compose(name).estimate_importance.num_samples == 1024
+
+
+def test_second_cut_starts_from_the_first_student_and_keeps_the_first_teacher():
+    first, second = compose("nemotron4_8b"), compose("nemotron4_4b")
+    assert second.prune.checkpoint == first.distill.output
+    assert second.distill.teacher == first.distill.teacher
+    assert second.model.arch() == first.prune.target.shrink(first.model.arch())
+    assert second.prepare_data.output == first.prepare_data.output
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("num_nodes", [1, 16, 32])
+def test_batch_divides_over_the_nodes_of_the_papers(name, num_nodes):
+    compose(name, [f"trainer.num_nodes={num_nodes}"], recipe="distill")
