@@ -104,9 +104,12 @@ class ModelArch:
 
     def flops_per_token(self, seq_length: int) -> float:
         """Forward FLOPs per token with a head and causal (half) attention; training costs three times as much."""
-        matmuls = self.num_layers * self.hidden_size * (
-            self.qkv_size + self.query_size + self.fc1_size + self.ffn_hidden_size
-        ) + self.vocab_size * self.hidden_size
+        matmuls = (
+            self.num_layers
+            * self.hidden_size
+            * (self.qkv_size + self.query_size + self.fc1_size + self.ffn_hidden_size)
+            + self.vocab_size * self.hidden_size
+        )
         return 2.0 * matmuls + 2.0 * seq_length * self.query_size * self.num_layers
 
     def padded_vocab_size(self, tp: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checkpoint.manifest import check_target, fingerprint_of, is_current, manifest_sha256
+from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo
 from minitron_nemo.checkpoint.record import check_record_target, is_current_record
 from minitron_nemo.config import CONF_DIR, Config, compose
 from minitron_nemo.errors import UserError
@@ -87,6 +88,12 @@ class Recipe:
     on_ranks: bool = False
 
 
+def open_verified(path: str | None) -> NemoFolder:
+    """An input model with the hash of every file checked, once: by the rank that speaks."""
+    rank = rank_from_environment(dict(os.environ))
+    return open_nemo(str(path), verify=rank is None or rank.rank == 0)
+
+
 def main(recipe: Recipe) -> None:
     """Entry point of a recipe script."""
     sys.exit(run_command(recipe, sys.argv[1:]))
@@ -102,7 +109,9 @@ def run_command(recipe: Recipe, arguments: list[str]) -> int:
     set_up_logging()
 
     def command() -> None:
-        execute(recipe, compose(options.config_name, options.overrides, recipe=recipe.name, config_dir=options.config_dir))
+        execute(
+            recipe, compose(options.config_name, options.overrides, recipe=recipe.name, config_dir=options.config_dir)
+        )
 
     return run_safely(command)
 
@@ -138,6 +147,8 @@ def run_safely(command: Callable[[], None]) -> int:
 
 def set_up_logging(*, is_main: bool = True) -> None:
     """Our lines on standard error, from one rank; of the libraries, warnings only."""
+    rank = rank_from_environment(dict(os.environ))
+    is_main = is_main and (rank is None or rank.rank == 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minitron_nemo").setLevel(logging.INFO if is_main else logging.WARNING)
 

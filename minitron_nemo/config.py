@@ -42,7 +42,7 @@ class Precision(Enum):
 
 
 class Aggregation(Enum):
-    """How activations become one number (paper 1, section 2.2): over the sequence, then over the samples."""
+    """How activations become one number (paper 1): over the sequence, then over the samples."""
 
     mean = "mean"
     l2 = "l2"
@@ -101,8 +101,10 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    # Layers on each pipeline stage; unset: as even as they divide, the last stage (it has the head) the fewest.
-    pipeline_stage_layers: list[int] | None = None
+    # Layers on each pipeline stage, for each model of its own; unset: as even as they divide, the last stage (it has
+    # the head) the fewest. `evaluate` always splits evenly.
+    teacher_stage_layers: list[int] | None = None
+    student_stage_layers: list[int] | None = None
     use_distributed_optimizer: bool = True
     recompute_activations: bool = False  # recompute each layer in the backward pass: less memory, a third more time
 
@@ -119,7 +121,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam with a cosine schedule (paper 2, table 4; betas and decay are NeMo's recipe, the papers print none)."""
+    """Adam with a cosine schedule (paper 2; betas and decay are NeMo's recipe, the papers print none)."""
 
     lr: float = 1e-4
     min_lr: float = 1e-5
@@ -174,6 +176,7 @@ class RandomInitConfig:
     """A checkpoint of random weights: the start of pre-training and of the random-init baseline."""
 
     like: str | None = None  # .nemo folder whose shape to take; unset: `model`
+    init_method_std: float = 0.02
     tokenizer: str | None = None
     output: str | None = None
 
@@ -186,7 +189,7 @@ class ImportHfConfig:
 
 @dataclass
 class CorrectTeacherConfig:
-    """Fine-tune the teacher on the distillation data with cross-entropy (paper 2, section 3.1)."""
+    """Fine-tune the teacher on the distillation data with cross-entropy (paper 2)."""
 
     checkpoint: str | None = None
     output: str | None = None
@@ -196,7 +199,7 @@ class CorrectTeacherConfig:
 
 @dataclass
 class EstimateImportanceConfig:
-    """Forward passes over calibration samples (paper 1, section 2.2; paper 2, section 3.2)."""
+    """Forward passes over calibration samples (paper 1; paper 2)."""
 
     checkpoint: str | None = None
     output: str | None = None
@@ -229,9 +232,7 @@ class TargetConfig:
                 )
             left = source.num_layers - len(self.drop_layers)
             if num_layers is not None and num_layers != left:
-                raise UserError(
-                    f"prune.target.num_layers={num_layers}: drop_layers leaves {left}; give one of the two"
-                )
+                raise UserError(f"prune.target.num_layers={num_layers}: drop_layers leaves {left}; give one of the two")
             num_layers = left
         return source.shrink(
             num_layers=num_layers,
@@ -252,17 +253,18 @@ class PruneConfig:
 
 @dataclass
 class DistillConfig:
-    """Train the student against the frozen teacher's logits (paper 1, section 3; paper 2, section 3.4)."""
+    """Train the student against the frozen teacher's logits (paper 1; paper 2)."""
 
     checkpoint: str | None = None  # the student's start
     teacher: str | None = None
+    # Shape of the teacher for `dry_run`, where it is not the model that is cut; a checkpoint on disk brings its own.
+    teacher_model: ModelConfig | None = None
     output: str | None = None
     blend: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     kl_weight: float = 1.0  # forward KL; the papers use it alone
     cross_entropy_weight: float = 0.0
     chunk_tokens: int = 1024  # tokens whose logits exist at a time
-    teacher_stage_layers: list[int] | None = None  # the teacher's own pipeline split
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
@@ -463,9 +465,10 @@ def _check(config: Config, recipe: str) -> None:
         )
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", config.data.split):
         raise UserError(f"data.split={config.data.split!r}: three numbers for train,validation,test such as '98,2,0'")
-    for name, value in config.data.blend.items():
-        if value <= 0:
-            raise UserError(f"data.blend.{name}={value}: a blend weight must be above 0")
+    for section in ("data", "correct_teacher", "distill", "evaluate"):
+        for name, value in getattr(config, section).blend.items():
+            if value <= 0:
+                raise UserError(f"{section}.blend.{name}={value}: a blend weight must be above 0")
     if config.distill.temperature <= 0:
         raise UserError(f"distill.temperature={config.distill.temperature}: must be above 0")
     weights = (config.distill.kl_weight, config.distill.cross_entropy_weight)
@@ -491,4 +494,6 @@ def _check_training(training: TrainingConfig, section: str, data_parallel: int) 
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"{section}.training.optim.betas={optim.betas}: two numbers in [0, 1)")
     if optim.lr <= 0 or not 0 <= optim.min_lr <= optim.lr:
-        raise UserError(f"{section}.training.optim.lr={optim.lr}, min_lr={optim.min_lr}: needs 0 <= min_lr <= lr, lr > 0")
+        raise UserError(
+            f"{section}.training.optim.lr={optim.lr}, min_lr={optim.min_lr}: needs 0 <= min_lr <= lr, lr > 0"
+        )

@@ -29,7 +29,9 @@ def run_on_ranks(body: Callable[..., Any], *arguments: Any, num_ranks: int, gpu:
     Raises UserError when a rank raised one, RankFailed when a rank failed otherwise.
     """
     if (rank := rank_from_environment(dict(os.environ))) is not None:
-        return body(rank, *arguments)
+        result = body(rank, *arguments)
+        stop()
+        return result
     # A fork server imports torch and Megatron once; every group of ranks then starts in a fraction of a second,
     # from a process that holds no threads and no CUDA context.
     context = multiprocessing.get_context("forkserver")

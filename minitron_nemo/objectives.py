@@ -29,7 +29,7 @@ class LanguageModelObjective:
         self.head = head
 
     def contexts(self, batches: list[Batch]) -> Iterator[None]:
-        yield from (None for _ in batches)
+        return iter([None] * len(batches))
 
     def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Any) -> tuple[Tensor, Tensor]:
         student = (_tokens(hidden_SBH), model.head_weight())
@@ -46,7 +46,7 @@ class DistillationObjective:
         self.teacher = teacher
 
     def contexts(self, batches: list[Batch]) -> Iterator[Tensor | None]:
-        yield from self.teacher.hidden_states(batches)
+        return self.teacher.hidden_states(batches)
 
     def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Tensor) -> tuple[Tensor, Tensor]:
         student = (_tokens(hidden_SBH), model.head_weight())

@@ -91,9 +91,7 @@ class Groups:
         padded[: text.numel()] = text
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
-        return [
-            json.loads(bytes(part[: int(size)].cpu().tolist())) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(size)].cpu().tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def sum_over_world_of_data(self, values: torch.Tensor) -> torch.Tensor:
         """Per-rank sums held on the last stage, summed over data-parallel ranks and known on every stage."""
@@ -120,9 +118,7 @@ def start(rank: Rank, *, gpu: bool) -> torch.device:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group(
-            "nccl" if gpu else "gloo", rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT
-        )
+        dist.init_process_group("nccl" if gpu else "gloo", rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
     return torch.device("cuda", rank.local_rank) if gpu else torch.device("cpu")
 
 

@@ -11,10 +11,16 @@ from minitron_nemo.parallel import check_divides, stage_layers
 GIB = 2**30
 
 
-def teacher_arch(config: Config) -> ModelArch:
-    """The shape that is cut: the checkpoint's when it is on disk, else the config's `model`."""
-    path = Path(str(config.prune.checkpoint))
-    return open_nemo(path).arch if path.is_dir() else config.model.arch()
+def shapes(config: Config) -> tuple[ModelArch, ModelArch, ModelArch]:
+    """(what is cut, the student, the teacher of the distillation): from checkpoints on disk, else from the config."""
+    cut = _arch_on_disk(config.prune.checkpoint) or config.model.arch()
+    student = config.prune.target.shrink(cut)
+    described = config.distill.teacher_model.arch() if config.distill.teacher_model is not None else cut
+    return cut, student, _arch_on_disk(config.distill.teacher) or described
+
+
+def _arch_on_disk(path: str | None) -> ModelArch | None:
+    return open_nemo(path).arch if path is not None and Path(path).is_dir() else None
 
 
 def describe(config: Config, recipe: str) -> str:
@@ -24,13 +30,12 @@ def describe(config: Config, recipe: str) -> str:
     master weights where weights are bf16 (sharded over data-parallel ranks with the distributed optimizer), one
     micro-batch of activations kept by layer, and the chunk of logits the loss works on. It is an estimate.
     """
-    teacher = teacher_arch(config)
-    student = config.prune.target.shrink(teacher)
+    cut, student, teacher = shapes(config)
     parallel, trainer = config.parallel, config.trainer
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, arch, asked in (
-        ("teacher", teacher, config.distill.teacher_stage_layers),
-        ("student", student, parallel.pipeline_stage_layers),
+        ("teacher", teacher, parallel.teacher_stage_layers),
+        ("student", student, parallel.student_stage_layers),
     ):
         check_divides(name, arch, tp=tp)
         _check_stages(name, arch, pp=pp, asked=asked)
@@ -38,16 +43,18 @@ def describe(config: Config, recipe: str) -> str:
     lines = [
         f"{recipe} of {config.name}: dry run, nothing is allocated or written",
         f"  teacher   {teacher.describe()}",
+        *([f"  cut from  {cut.describe()}"] if cut != teacher else []),
         f"  student   {student.describe()}",
         f"  layout    {trainer.num_nodes} node(s) x {trainer.devices} ranks: tensor {tp}, pipeline {pp}, "
         f"data {world // (tp * pp)}" + (", sequence parallel" if parallel.sequence_parallel else ""),
-        f"  data      {_blend(config)}, {config.data.seq_length} tokens a sample",
+        f"  data      {_blend(config, recipe)}, {config.data.seq_length} tokens a sample",
     ]
-    if recipe in ("correct_teacher", "distill"):
-        training = config.distill.training if recipe == "distill" else config.correct_teacher.training
-        lines += _training_lines(config, training, teacher, student if recipe == "distill" else None)
+    if recipe == "correct_teacher":
+        lines += _training_lines(config, config.correct_teacher.training, teacher, None)
+    elif recipe == "distill":
+        lines += _training_lines(config, config.distill.training, teacher, student)
     else:
-        lines.append(f"  memory    {teacher.num_params() * 2 / (tp * pp) / GIB:.2f} GiB a rank for bf16 weights")
+        lines.append(f"  memory    {cut.num_params() * 2 / (tp * pp) / GIB:.2f} GiB a rank for bf16 weights")
     section = getattr(config, recipe, None)
     for name in ("source", "checkpoint", "teacher", "importance", "reference", "output"):
         if (value := getattr(section, name, None)) is not None:
@@ -63,9 +70,10 @@ def _check_stages(name: str, arch: ModelArch, *, pp: int, asked: list[int] | Non
         raise UserError(f"{name}: {error}") from None
 
 
-def _blend(config: Config) -> str:
-    total = sum(config.data.blend.values())
-    return ", ".join(f"{weight / total:.0%} {name}" for name, weight in config.data.blend.items()) or "no blend"
+def _blend(config: Config, recipe: str) -> str:
+    blend = getattr(getattr(config, recipe, None), "blend", None) or config.data.blend
+    total = sum(blend.values())
+    return ", ".join(f"{weight / total:.0%} {name}" for name, weight in blend.items()) or "no blend"
 
 
 def _training_lines(
@@ -87,6 +95,7 @@ def _training_lines(
         "gradients": 4 * weights,
         "optimizer": 12 * weights / optimizer_shards,
         "activations": 2 * kept * seq * training.micro_batch_size * trained.hidden_size * trained.num_layers / model_ranks,
+        "teacher states": 2 * seq * teacher.hidden_size * _states_held(config, training, data_ranks) * bool(student),
         "logits": 12 * config.distill.chunk_tokens * trained.vocab_size / parallel.tensor_model_parallel_size,
     }  # fmt: skip
     memory = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -95,3 +104,10 @@ def _training_lines(
         f"{flops / 1e9:.3g} GFLOP a token",
         f"  memory    {sum(parts.values()) / GIB:.2f} GiB a rank in bf16 (GiB: {memory})",
     ]
+
+
+def _states_held(config: Config, training: TrainingConfig, data_ranks: int) -> int:
+    """Samples whose teacher states wait on the last stage: all of a step in a pipeline, else one micro-batch."""
+    if config.parallel.pipeline_model_parallel_size > 1:
+        return training.global_batch_size // data_ranks
+    return training.micro_batch_size

@@ -1,4 +1,4 @@
-"""What training recipes share: the engine and the data a config asks for, and one training run from start to `.nemo`."""
+"""What training recipes share: the engine and data a config asks for, and one run from a checkpoint to a `.nemo`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,6 +32,16 @@ def engine_of(config: Config, groups: Groups, *, layers: list[int] | None = None
         dtype=torch.bfloat16 if bf16 else torch.float32,
         recompute_activations=config.parallel.recompute_activations,
         stage_layers=layers,
+    )
+
+
+def layout_of(config: Config, engine: Engine) -> str:
+    """What must stay the same for a training checkpoint to be resumed, in words."""
+    groups = engine.groups
+    return (
+        f"tensor {groups.tp_size}, pipeline {groups.pp_size} (layers {engine.stage_layers or 'even'}), "
+        f"data {groups.dp_size}, sequence_parallel {groups.sequence_parallel}, "
+        f"use_distributed_optimizer {config.parallel.use_distributed_optimizer}, {engine.dtype}"
     )
 
 
@@ -72,7 +82,9 @@ def check_data(config: Config, blend: dict[str, float] | None, model: NemoFolder
         prefix = find_corpus(name, Path(str(config.prepare_data.output)))
         check_corpus(prefix, tokenizer=tokenizer, vocab_size=model.arch.vocab_size)
         content[name] = content_fingerprint(prefix)
-    return dict(blend=blend, corpora=content, seq_length=config.data.seq_length, split=config.data.split, seed=config.seed)
+    return dict(
+        blend=blend, corpora=content, seq_length=config.data.seq_length, split=config.data.split, seed=config.seed
+    )
 
 
 def data_arguments(config: Config, blend: dict[str, float] | None, model: NemoFolder) -> dict[str, Any]:
@@ -101,11 +113,12 @@ def training_job(
     section: Any,
     *,
     model: NemoFolder,
+    layers: list[int] | None,
     parents: dict[str, Path],
     settings: dict[str, Any] | None = None,
 ) -> Job:
     """The job of a recipe that trains `section.checkpoint` into `section.output`; validates data and layout."""
-    check_model(config, "model", model, layers=config.parallel.pipeline_stage_layers)
+    check_model(config, "model", model, layers=layers)
     values = dataclasses.asdict(section.training)
     for name in ("micro_batch_size", "save_every_n_steps", "save_top_k", "val_check_interval", "limit_val_batches"):
         values.pop(name)  # they change how a run goes, not what it makes
@@ -123,6 +136,7 @@ def train_model(
     groups: Groups,
     *,
     checkpoint: str,
+    layers: list[int] | None,
     training: TrainingConfig,
     blend: dict[str, float] | None,
     objective: Callable[[Engine], Objective],
@@ -130,8 +144,8 @@ def train_model(
 ) -> None:
     """Load a checkpoint, train it with the objective and publish the result as the job's `.nemo`."""
     source = open_nemo(checkpoint)
-    engine = engine_of(config, groups, layers=config.parallel.pipeline_stage_layers)
-    logger.info(f"{engine_choice()}, {engine.dtype}".replace("torch.", ""))
+    engine = engine_of(config, groups, layers=layers)
+    logger.info(engine_choice(groups.device, engine.dtype))
     model = build_model(source.arch, engine)
     load_weights(model, source, groups)
     datasets = build_datasets(
@@ -152,7 +166,12 @@ def train_model(
         config=training,
         groups=groups,
         checkpoints=CheckpointFolder(
-            Path(config.run_dir) / "checkpoints" / name, job.fingerprint, source.arch, groups, keep=training.save_top_k
+            Path(config.run_dir) / "checkpoints" / name,
+            job.fingerprint,
+            source.arch,
+            groups,
+            layout=layout_of(config, engine),
+            keep=training.save_top_k,
         ),
         logs=Path(config.run_dir) / "logs" / name,
         train_batch=batches_on(groups.device, datasets[0]),
@@ -168,6 +187,6 @@ def train_model(
         source.arch,
         groups,
         tokenizer=source.tokenizer,
-        tokens=source.manifest.tokens + end.consumed_tokens,
+        tokens=end.consumed_tokens,
         origin=job.origin,
     )

@@ -57,13 +57,14 @@ def train(run: TrainingRun, objective: Objective) -> Position:
             run.training.zero_gradients()
             learning_rate = run.training.learning_rate
             sums = run_batch(run.training.model, batches, objective, groups=groups, train=True)
-            _refuse_non_finite(sums, position, run.logs)
+            _refuse_non_finite(sums.tolist(), position, run.logs)
             grad_norm = run.training.step()
+            _refuse_non_finite([grad_norm], position, run.logs)
             position.step += 1
             position.consumed_samples += config.global_batch_size
             position.consumed_tokens += int(sums[0])
             record = _losses(sums, objective)
-            bar.advance(tokens_per_step, **_first(record))
+            bar.advance(tokens_per_step, loss=record["loss"])
             is_last = position.step == config.max_steps
             if position.step % run.log_every_n_steps == 0 or is_last:
                 seconds = time.monotonic() - started
@@ -106,15 +107,10 @@ def _micro_batches(run: TrainingRun, get: GetBatch, first: int) -> list[Batch]:
 
 
 def _losses(sums: Tensor, objective: Objective) -> dict[str, float]:
-    """Means over tokens of a global batch under their full names, what is minimized first."""
+    """Means over the tokens of a global batch under their full names; `loss` is what is minimized."""
     tokens, kl, lm, agreement = sums.tolist()
-    if not objective.has_teacher:
-        return {"lm_loss": lm / tokens}
-    return {"forward_kl": kl / tokens, "lm_loss": lm / tokens, "top1_agreement": agreement / tokens}
-
-
-def _first(record: dict[str, float]) -> dict[str, float]:
-    return dict([next(iter(record.items()))])
+    losses = {"loss": float(objective.head.combine(sums[1], sums[2])) / tokens, "lm_loss": lm / tokens}
+    return losses | ({"forward_kl": kl / tokens, "top1_agreement": agreement / tokens} if objective.has_teacher else {})
 
 
 def _speed(tokens_per_second: float, run: TrainingRun) -> dict[str, float]:
@@ -125,10 +121,10 @@ def _speed(tokens_per_second: float, run: TrainingRun) -> dict[str, float]:
     return {"tokens_per_second": tokens_per_second, "model_flops_per_second_per_rank": flops, **share}
 
 
-def _refuse_non_finite(sums: Tensor, position: Position, logs: Path) -> None:
-    """Stop before a step that would poison the weights; the last checkpoint is untouched."""
-    if not all(map(math.isfinite, sums.tolist())):
+def _refuse_non_finite(values: list[float], position: Position, logs: Path) -> None:
+    """Stop before anything poisoned is saved: the last training checkpoint stays good."""
+    if not all(map(math.isfinite, values)):
         raise UserError(
-            f"step {position.step + 1}: the loss is not finite (samples from {position.consumed_samples}); weights are "
-            f"unchanged since the last checkpoint; lower optim.lr or look at the data; metrics are in {logs}"
+            f"step {position.step + 1}: the loss or its gradient is not finite (samples from "
+            f"{position.consumed_samples}); the last checkpoint is good; lower optim.lr, or look at the data and {logs}"
         )

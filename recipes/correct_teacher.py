@@ -1,7 +1,7 @@
-"""Correct the teacher: fine-tune it with cross-entropy on the data the student will see (2408.11796 section 3.1)."""
+"""Correct the teacher: fine-tune it with cross-entropy on the data the student will see (2408.11796)."""
 
 from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.cli import Job, Recipe, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.distillation.head import HeadLoss
 from minitron_nemo.objectives import LanguageModelObjective
@@ -10,8 +10,14 @@ from minitron_nemo.runs import train_model, training_job
 
 
 def prepare(config: Config) -> Job:
-    teacher = open_nemo(config.correct_teacher.checkpoint)
-    return training_job(config, config.correct_teacher, model=teacher, parents={"teacher": teacher.path})
+    teacher = open_verified(config.correct_teacher.checkpoint)
+    return training_job(
+        config,
+        config.correct_teacher,
+        model=teacher,
+        layers=config.parallel.teacher_stage_layers,
+        parents={"teacher": teacher.path},
+    )
 
 
 def run(config: Config, job: Job, groups: Groups) -> None:
@@ -28,6 +34,7 @@ def run(config: Config, job: Job, groups: Groups) -> None:
         job,
         groups,
         checkpoint=str(section.checkpoint),
+        layers=config.parallel.teacher_stage_layers,
         training=section.training,
         blend=section.blend,
         objective=lambda engine: LanguageModelObjective(head),

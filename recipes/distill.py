@@ -1,9 +1,7 @@
-"""Distil: train the pruned student against the frozen teacher's logits (2407.14679 section 3; 2408.11796 section 3.4)."""
-
-from pathlib import Path
+"""Distil: train the pruned student against the frozen teacher's logits (2407.14679; 2408.11796)."""
 
 from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.cli import Job, Recipe, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.distillation.head import HeadLoss
 from minitron_nemo.distillation.teacher import Teacher
@@ -15,12 +13,17 @@ from minitron_nemo.runs import check_model, require_same_tokenizer, train_model,
 
 def prepare(config: Config) -> Job:
     section = config.distill
-    student, teacher = open_nemo(section.checkpoint), open_nemo(section.teacher)
+    student, teacher = open_verified(section.checkpoint), open_verified(section.teacher)
     require_same_tokenizer(student, teacher)
-    check_model(config, "teacher", teacher, layers=section.teacher_stage_layers)
+    check_model(config, "teacher", teacher, layers=config.parallel.teacher_stage_layers)
     loss = dict(temperature=section.temperature, kl=section.kl_weight, cross_entropy=section.cross_entropy_weight)
     return training_job(
-        config, section, model=student, parents={"student": student.path, "teacher": teacher.path}, settings=loss
+        config,
+        section,
+        model=student,
+        layers=config.parallel.student_stage_layers,
+        parents={"student": student.path, "teacher": teacher.path},
+        settings=loss,
     )
 
 
@@ -37,13 +40,14 @@ def run(config: Config, job: Job, groups: Groups) -> None:
     )
 
     def objective(engine: Engine) -> DistillationObjective:
-        return DistillationObjective(head, Teacher(teacher, engine, stage_layers=section.teacher_stage_layers))
+        return DistillationObjective(head, Teacher(teacher, engine, stage_layers=config.parallel.teacher_stage_layers))
 
     train_model(
         config,
         job,
         groups,
-        checkpoint=str(Path(str(section.checkpoint))),
+        checkpoint=str(section.checkpoint),
+        layers=config.parallel.student_stage_layers,
         training=section.training,
         blend=section.blend,
         objective=objective,

@@ -1,10 +1,10 @@
-"""Estimate importance: score layers, heads, neurons and channels with forward passes (2407.14679 section 2.2)."""
+"""Estimate importance: score layers, heads, neurons and channels with forward passes (2407.14679)."""
 
 from pathlib import Path
 
 from minitron_nemo.checkpoint.manifest import begin, finish
 from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.cli import Job, Recipe, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.data.calibration import calibration_set
 from minitron_nemo.engine.model import build_model
@@ -20,8 +20,8 @@ from minitron_nemo.runs import check_data, check_model, data_arguments, engine_o
 
 def prepare(config: Config) -> Job:
     section = config.estimate_importance
-    model = open_nemo(section.checkpoint)
-    check_model(config, "model", model, layers=config.distill.teacher_stage_layers)
+    model = open_verified(section.checkpoint)
+    check_model(config, "model", model, layers=config.parallel.teacher_stage_layers)
     parallel, trainer = config.parallel, config.trainer
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     step = section.micro_batch_size * trainer.devices * trainer.num_nodes // model_ranks
@@ -42,10 +42,8 @@ def prepare(config: Config) -> Job:
 def run(config: Config, job: Job, groups: Groups) -> None:
     section = config.estimate_importance
     source = open_nemo(section.checkpoint)
-    calibration = calibration_set(
-        config.data, num_samples=section.num_samples, **data_arguments(config, None, source)
-    )
-    model = build_model(source.arch, engine_of(config, groups, layers=config.distill.teacher_stage_layers))
+    calibration = calibration_set(config.data, num_samples=section.num_samples, **data_arguments(config, None, source))
+    model = build_model(source.arch, engine_of(config, groups, layers=config.parallel.teacher_stage_layers))
     load_weights(model, source, groups)
     model.eval()
     ranks = RankGroups(tp=groups.tp, pp=groups.pp, dp=groups.dp, sequence_parallel=groups.sequence_parallel)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minitron_nemo.checkpoint.nemo import open_nemo
 from minitron_nemo.checkpoint.record import write_record
-from minitron_nemo.cli import Job, Recipe, logger, main
+from minitron_nemo.cli import Job, Recipe, logger, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.data.blend import build_datasets
 from minitron_nemo.distillation.head import HeadLoss
@@ -21,10 +21,10 @@ from minitron_nemo.runs import batches_on, check_data, check_model, data_argumen
 
 def prepare(config: Config) -> Job:
     section, parallel = config.evaluate, config.parallel
-    model, reference = open_nemo(section.checkpoint), open_nemo(section.reference)
+    model, reference = open_verified(section.checkpoint), open_verified(section.reference)
     require_same_tokenizer(model, reference)
-    check_model(config, "model", model, layers=parallel.pipeline_stage_layers)
-    check_model(config, "reference", reference, layers=config.distill.teacher_stage_layers)
+    check_model(config, "model", model)
+    check_model(config, "reference", reference)
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     step = section.micro_batch_size * config.trainer.devices * config.trainer.num_nodes // model_ranks
     if section.num_samples % step:
@@ -40,11 +40,11 @@ def prepare(config: Config) -> Job:
 def run(config: Config, job: Job, groups: Groups) -> None:
     section = config.evaluate
     source, reference = open_nemo(section.checkpoint), open_nemo(section.reference)
-    engine = engine_of(config, groups, layers=config.parallel.pipeline_stage_layers)
+    engine = engine_of(config, groups)
     model = build_model(source.arch, engine)
     load_weights(model, source, groups)
     head = HeadLoss(vocab_size=source.arch.vocab_size, chunk_tokens=section.chunk_tokens, group=groups.tp)
-    teacher = Teacher(reference, engine, stage_layers=config.distill.teacher_stage_layers)
+    teacher = Teacher(reference, engine)
     _, held_out = build_datasets(
         config.data, num_train=0, num_valid=section.num_samples, **data_arguments(config, section.blend, source)
     )

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from minitron_nemo.checkpoint.hf import KIND, export_hf
 from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main
+from minitron_nemo.cli import Job, Recipe, main, open_verified
 from minitron_nemo.config import Config
 
 
 def prepare(config: Config) -> Job:
-    model = open_nemo(config.export_hf.checkpoint)
+    model = open_verified(str(config.export_hf.checkpoint))
     return Job(Path(str(config.export_hf.output)), KIND, {}, {"model": model.path})
 
 

@@ -15,8 +15,10 @@ def prepare(config: Config) -> Job:
         raise UserError("import_hf.source is not set: give a Hugging Face folder or hub name")
     folder = resolve_source(section.source)
     logger.info(f"import_hf: {folder}: {arch_from_hf(folder).describe()}")
-    # Sizes and times of the weights stand for their content: hashing tens of gigabytes to skip a copy is no gain.
-    weights = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    # Size and time of the weight files stand for their content: hashing tens of gigabytes to skip a copy is no gain.
+    weights = {
+        path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))
+    }
     small = {path.name: file_sha256(path) for path in sorted(folder.glob("*.json"))}
     return Job(Path(str(section.output)), "model", {"weights": weights, "files": small})
 

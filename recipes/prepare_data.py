@@ -1,5 +1,6 @@
 """Prepare data: text files, jsonl and folders become tokens in Megatron's .bin/.idx, with document ends."""
 
+import shutil
 from pathlib import Path
 
 from minitron_nemo.checkpoint.manifest import publishing
@@ -19,6 +20,7 @@ def prepare(config: Config) -> Job:
 def run(config: Config, job: Job) -> None:
     section = config.prepare_data
     tokenizer = load_tokenizer(str(section.tokenizer))
+    work = job.output.with_name(f"{job.output.name}.shards")  # outlives an interruption
     with publishing(job.output, kind=job.kind, **job.origin) as folder:
         for name, corpus in sorted(section.corpora.items()):
             prepare_corpus(
@@ -27,8 +29,9 @@ def run(config: Config, job: Job) -> None:
                 tokenizer=tokenizer,
                 output=folder,
                 workers=section.workers,
-                work=job.output.with_name(f"{job.output.name}.shards"),  # outlives an interruption
+                work=work,
             )
+    shutil.rmtree(work, ignore_errors=True)
 
 
 RECIPE = Recipe("prepare_data", prepare, run)

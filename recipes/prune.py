@@ -1,4 +1,4 @@
-"""Prune: turn scores and a target shape into a plan, and the plan into a smaller checkpoint (2407.14679 section 2.3).
+"""Prune: turn scores and a target shape into a plan, and the plan into a smaller checkpoint (2407.14679).
 
 Runs in one process without a GPU on a checkpoint of any layout, a few tensors at a time.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from minitron_nemo.arch import billions
 from minitron_nemo.checkpoint.manifest import fingerprint_of
 from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
-from minitron_nemo.cli import Job, Recipe, logger, main
+from minitron_nemo.cli import Job, Recipe, logger, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.importance.scores import read_scores
 from minitron_nemo.progress import progress
@@ -31,7 +31,7 @@ def plan_of(config: Config) -> PruningPlan:
 
 def prepare(config: Config) -> Job:
     section = config.prune
-    model, plan = open_nemo(section.checkpoint), plan_of(config)
+    model, plan = open_verified(section.checkpoint), plan_of(config)
     plan.check_source(model.arch, name=f"importance {section.importance}")
     parents = {"model": model.path}
     if section.plan is None:
@@ -50,7 +50,6 @@ def run(config: Config, job: Job) -> None:
             tensors=pruned_tensors(source.read, plan),
             tokenizer=source.tokenizer,
             dtype=source.dtype,
-            tokens=source.manifest.tokens,
             progress=lambda done, total: bar.advance(len(plan.layers) / total),
             files={"plan.json": plan.to_json().encode()},
             **job.origin,

@@ -20,7 +20,9 @@ def prepare(config: Config) -> Job:
         raise UserError(
             f"{section.tokenizer}: the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {arch.vocab_size}"
         )
-    settings = dict(arch=arch.to_dict(), seed=config.seed, tokenizer=tokenizer.fingerprint)
+    settings = dict(
+        arch=arch.to_dict(), seed=config.seed, init_method_std=section.init_method_std, tokenizer=tokenizer.fingerprint
+    )
     return Job(Path(str(section.output)), "model", settings)
 
 
@@ -30,7 +32,9 @@ def run(config: Config, job: Job) -> None:
     write_nemo(
         job.output,
         arch,
-        tensors=lambda parameter, layer: random_tensor(parameter, layer, arch=arch, seed=config.seed),
+        tensors=lambda parameter, layer: random_tensor(
+            parameter, layer, arch=arch, seed=config.seed, init_std=section.init_method_std
+        ),
         tokenizer=section.tokenizer,
         dtype=torch.float32,
         **job.origin,

@@ -5,6 +5,7 @@ artefact is whole. A step that finds its output made by the same fingerprint has
 """
 
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +32,7 @@ class Manifest:
     """The origin of an artefact and the size and SHA-256 of its files.
 
     `fingerprint` identifies what determined the content; `parents` maps a role (such as "teacher") to the
-    SHA-256 of that artefact's manifest; `tokens` counts training tokens seen; `extra` holds free facts.
+    SHA-256 of that artefact's manifest; `tokens` counts the tokens that this step trained on; `extra` holds free facts.
     """
 
     kind: str
@@ -152,6 +153,8 @@ def begin(path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path)
     check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+        shutil.rmtree(left)  # what a killed run of the same step left behind
     temp = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     temp.mkdir()
     return temp

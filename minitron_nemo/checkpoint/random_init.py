@@ -14,10 +14,12 @@ INIT_STD = 0.02
 RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
-def random_tensor(parameter: Parameter, layer: int | None, *, arch: ModelArch, seed: int) -> Tensor:
+def random_tensor(
+    parameter: Parameter, layer: int | None, *, arch: ModelArch, seed: int, init_std: float = INIT_STD
+) -> Tensor:
     """The initial value of one logical tensor, float32, decided by (seed, key, layer) and its shape alone.
 
-    Matrices are N(0, 0.02), those that write into the residual stream divided by sqrt(2 * num_layers). Norm
+    Matrices are N(0, init_std), those that write into the residual stream divided by sqrt(2 * num_layers). Norm
     weights are one (LayerNorm1p stores them minus one: zero), biases zero.
     """
     shape = parameter.shape(arch)
@@ -26,5 +28,5 @@ def random_tensor(parameter: Parameter, layer: int | None, *, arch: ModelArch, s
         return torch.ones(shape) if is_one else torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{parameter.key}/{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = INIT_STD / math.sqrt(2 * arch.num_layers) if parameter.key.endswith(RESIDUAL_WRITERS) else INIT_STD
+    std = init_std / math.sqrt(2 * arch.num_layers) if parameter.key.endswith(RESIDUAL_WRITERS) else init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -166,11 +166,16 @@ def _line_number(path: Path, offset: int) -> int:
 
 
 def corpora_settings(corpora: dict[str, CorpusConfig]) -> dict[str, Any]:
-    """What identifies the text of all corpora: each one's settings and the names and sizes of its files."""
+    """What identifies the text of all corpora: each one's settings and the names, sizes and times of its files."""
     if not corpora:
-        raise UserError("prepare_data.corpora is empty: name a corpus, such as +prepare_data.corpora.text.input=FOLDER")
+        raise UserError("prepare_data.corpora is empty: name a corpus, such as '+prepare_data.corpora={text: {input: FOLDER}}'")
     settings = {}
     for name, corpus in sorted(corpora.items()):
-        files = [(str(path), path.stat().st_size) for path in list_files(corpus, name=name)]
+        files = [(str(path), *_size_and_time(path)) for path in list_files(corpus, name=name)]
         settings[name] = {**dataclasses.asdict(corpus), "files": fingerprint_of(files), "num_files": len(files)}
     return settings
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

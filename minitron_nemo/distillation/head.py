@@ -11,7 +11,7 @@ and the weighted difference); one all-gather of those numbers per chunk lets eve
 in rank order. The gradient needs no further communication, so it is computed in the forward pass and only the
 gradients of the hidden states and of the head weight are kept.
 
-Source: Minitron 2407.14679 section 3.3 (forward KL on logits); temperature squared as in Hinton et al. 1503.02531.
+Source: Minitron 2407.14679 (forward KL on logits); temperature squared as in Hinton et al. 1503.02531.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,10 @@ class HeadLoss:
     temperature: float = 1.0
     chunk_tokens: int = 1024
     group: dist.ProcessGroup | None = None
+
+    def combine(self, forward_kl: Tensor, cross_entropy: Tensor) -> Tensor:
+        """The loss made of its two parts, sums or means."""
+        return self.kl_weight * self.temperature**2 * forward_kl + self.cross_entropy_weight * cross_entropy
 
     def __call__(
         self,
@@ -79,7 +83,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 grad_weight_VH += grad_NV.T @ hidden_NH[rows]
         if wants_gradient:
             ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))
-        loss = spec.kl_weight * spec.temperature**2 * sums[1] + spec.cross_entropy_weight * sums[2]
+        loss = spec.combine(sums[1], sums[2])
         ctx.mark_non_differentiable(sums)
         return loss.float(), sums
 

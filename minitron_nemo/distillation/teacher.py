@@ -31,17 +31,13 @@ class Teacher:
     def hidden_states(self, batches: list[Batch]) -> Iterator[Tensor | None]:
         """Final hidden states [s, b, h] of every micro-batch on the last stage; None on the others.
 
-        Alone on its stage the teacher runs just before each micro-batch is needed; in a pipeline it runs through
-        all micro-batches first, so that its schedule never interleaves with the student's.
+        Alone on its stage the teacher runs just before each micro-batch is needed. In a pipeline it runs through all
+        micro-batches at once, before this returns: its transfers must not meet the student's between two stages.
         """
         if self.groups.pp is None:
-            for batch in batches:
-                yield forward_hidden(self.model, [batch])[0]
-        elif self.groups.is_last_stage:
-            yield from forward_hidden(self.model, batches)
-        else:
-            forward_hidden(self.model, batches)
-            yield from (None for _ in batches)
+            return (forward_hidden(self.model, [batch])[0] for batch in batches)
+        hidden = forward_hidden(self.model, batches)
+        return iter(hidden if self.groups.is_last_stage else [None] * len(batches))
 
     @torch.no_grad()
     def head_weight(self) -> Tensor:

@@ -1,6 +1,5 @@
 """Building a Megatron-Core GPT of a given shape on this rank: Transformer Engine where present, else torch."""
 
-import functools
 import importlib.util
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -25,16 +24,19 @@ from minitron_nemo.engine.layout import check_layout
 from minitron_nemo.parallel import Groups, stage_layers
 
 
-@functools.cache
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+def has_transformer_engine(device: torch.device) -> bool:
+    """Whether Transformer Engine runs the layers on this device: installed, and the device is a GPU."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
-def engine_choice() -> str:
-    """What runs the layers here, in one line for the log."""
-    layers = "Transformer Engine" if has_transformer_engine() else "torch layers, scaled_dot_product_attention"
-    apex = "Apex fused optimizer" if importlib.util.find_spec("apex") is not None else "torch optimizer"
-    return f"engine: Megatron-Core, {layers}, {apex if not has_transformer_engine() else 'Transformer Engine Adam'}"
+def engine_choice(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs the layers and the optimizer on this device, in one line for the log."""
+    layers, optimizer = "torch layers with scaled_dot_product_attention", "torch Adam"
+    if has_transformer_engine(device):
+        layers, optimizer = "Transformer Engine layers", "Transformer Engine Adam"
+    elif device.type == "cuda" and importlib.util.find_spec("apex") is not None:
+        optimizer = "Apex Adam"
+    return f"engine: Megatron-Core on {device.type}, {layers}, {optimizer}, {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def transformer_config(arch: ModelArch, engine: Engine) -> TransformerConfig:
         options["pipeline_model_parallel_layout"] = rows
     if engine.recompute_activations:
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    te = has_transformer_engine()
+    te = has_transformer_engine(groups.device)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -105,14 +107,14 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    if has_transformer_engine():
+def _block_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
+    """What fills the slots of the layers: Transformer Engine's modules, else Megatron's with our norm and attention."""
+    if has_transformer_engine(device):
         return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.input_layernorm = Norm
-    spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-    return spec
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
 
 
 class HeadlessGPT(GPTModel):
@@ -148,7 +150,7 @@ def build_model(arch: ModelArch, engine: Engine) -> HeadlessGPT:
         warnings.simplefilter("ignore")  # notices of absent fused kernels; engine_choice() says it in one line
         model = HeadlessGPT(
             config=config,
-            transformer_layer_spec=_block_spec(config),
+            transformer_layer_spec=_block_spec(config, groups.device),
             vocab_size=arch.padded_vocab_size(groups.tp_size),
             max_sequence_length=arch.seq_length,
             pre_process=groups.is_first_stage,
@@ -162,13 +164,3 @@ def build_model(arch: ModelArch, engine: Engine) -> HeadlessGPT:
     # One formula for every family: Megatron's own Llama-3 scaling fixes the original context length at 8192.
     model.rotary_pos_emb.inv_freq = arch.rotary_inverse_frequencies().to(groups.device)
     return model.to(device=groups.device, dtype=engine.dtype)
-
-
-def _block_spec(config: TransformerConfig) -> Any:
-    """The layer spec, and our norm for the final norm where Transformer Engine is absent."""
-    layer = _layer_spec(config)
-    if has_transformer_engine():
-        return layer
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)

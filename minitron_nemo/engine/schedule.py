@@ -7,6 +7,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minitron_nemo.distillation.head import HeadLoss
 from minitron_nemo.engine.model import HeadlessGPT
 from minitron_nemo.parallel import Groups
 
@@ -16,10 +17,14 @@ Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each
 class Objective(Protocol):
     """What training minimizes: prepares a context for every micro-batch, then turns hidden states into a loss."""
 
+    head: HeadLoss
     has_teacher: bool
 
     def contexts(self, batches: list[Batch]) -> Iterator[Any]:
-        """One context for each micro-batch, in order; the teacher's hidden states in distillation."""
+        """One context for each micro-batch, in order; the teacher's hidden states in distillation.
+
+        Not a generator function: what it sends between pipeline stages must be sent before the schedule starts.
+        """
 
     def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Any) -> tuple[Tensor, Tensor]:
         """(loss summed over tokens, sums [tokens, forward KL, cross-entropy, agreement]); last stage only."""
@@ -48,7 +53,8 @@ def run_batch(model: Any, batches: list[Batch], objective: Objective, *, groups:
 
         return hidden_SBH, loss
 
-    records = _schedule(model, zip(batches, objective.contexts(batches), strict=True), forward_step, batches, not train)
+    contexts = objective.contexts(batches)
+    records = _schedule(model, zip(batches, contexts, strict=True), forward_step, batches, not train)
     sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         sums += torch.stack(records).sum(dim=0)

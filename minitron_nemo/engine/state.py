@@ -51,12 +51,8 @@ class CheckpointFolder:
     fingerprint: str
     arch: ModelArch
     groups: Groups
+    layout: str  # under another one the files of the ranks would not fit
     keep: int = 2
-
-    @property
-    def layout(self) -> str:
-        groups = self.groups
-        return f"tp{groups.tp_size} pp{groups.pp_size} dp{groups.dp_size} sequence_parallel={groups.sequence_parallel}"
 
     def save(self, training: Optimization, position: Position) -> None:
         """Publish `step_XXXXXXXX`, then drop the oldest beyond `keep`. Collective."""
@@ -165,7 +161,9 @@ def write_optimizer(path: Path, training: Optimization) -> None:
             tensors[f"{index}.{number}.weight"] = parameter.data
             for name, value in inner.state[parameter].items():
                 tensors[f"{index}.{number}.{name}"] = torch.as_tensor(value)
-        scalars["groups"].append([{"step": int(group["step"])} if "step" in group else {} for group in inner.param_groups])
+        scalars["groups"].append(
+            [{"step": int(group["step"])} if "step" in group else {} for group in inner.param_groups]
+        )
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"scalars": json.dumps(scalars)})
 
@@ -191,8 +189,8 @@ def read_optimizer(path: Path, training: Optimization) -> None:
                 group.update(saved)
             if hasattr(outer, "_copy_main_params_to_model_params"):
                 outer._copy_main_params_to_model_params()
+    training.schedule.num_steps = 0  # Megatron adds the saved steps to those taken, and the first is taken already
     training.schedule.load_state_dict(scalars["schedule"])
-    training.schedule.step(increment=0)
 
 
 def _numbered(inner: torch.optim.Optimizer) -> Iterator[tuple[int, torch.Tensor]]:

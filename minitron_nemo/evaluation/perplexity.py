@@ -24,7 +24,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: HeadlessGPT, objective: Objective, *, batch: GetBatch, num_samples: int, micro_batch_size: int, groups: Groups
+    model: HeadlessGPT,
+    objective: Objective,
+    *,
+    batch: GetBatch,
+    num_samples: int,
+    micro_batch_size: int,
+    groups: Groups,
 ) -> Evaluation:
     """Evaluate on samples 0..`num_samples`, split over data-parallel ranks; without a reference the KL is 0.
 

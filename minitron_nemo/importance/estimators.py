@@ -1,4 +1,4 @@
-"""How activations become importance (paper 1, section 2.2): pure functions of one process, no ranks, no model.
+"""How activations become importance (paper 1): pure functions of one process, no ranks, no model.
 
 A score is `agg_batch(agg_sequence(activation))`, each aggregation one of
     mean        1/n sum |s|
@@ -43,7 +43,7 @@ def aggregate(sums: Tensor, how: str) -> Tensor:
 
 
 def head_norms(x_SBC: Tensor, kv_channels: int) -> Tensor:
-    """Length of each head's attention output, [S, B, N], from [S, B, N * kv_channels] (paper 1, section 2.2)."""
+    """Length of each head's attention output, [S, B, N], from [S, B, N * kv_channels] (paper 1)."""
     x_SBND = x_SBC.unflatten(-1, (-1, kv_channels))
     return torch.linalg.vector_norm(x_SBND, dim=-1, dtype=_at_least_float32(x_SBC))
 
@@ -57,7 +57,7 @@ def cosine_sum(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
 
 
 def block_importance(cosine_sums: Tensor) -> Tensor:
-    """BI = 1 - mean cosine over tokens (ShortGPT; paper 1, section 2.2): [..., 2] -> [...]."""
+    """BI = 1 - mean cosine over tokens (ShortGPT; paper 1): [..., 2] -> [...]."""
     total, tokens = cosine_sums.unbind(-1)
     return 1.0 - total / tokens
 

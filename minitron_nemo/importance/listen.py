@@ -84,7 +84,7 @@ class ImportanceStatistics:
         """The scores of the whole model, the same on every rank; all ranks must call it together.
 
         Each site is scored on its own. The two norms of a layer, and the layers, are then plainly added into one
-        score of the hidden channels that they share (paper 1, section 2.2).
+        score of the hidden channels that they share (paper 1).
         """
         num_samples = self._num_samples()
         cosines_L2 = self._by_layer(self.tokens.totals(self.groups))

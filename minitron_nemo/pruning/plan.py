@@ -150,9 +150,7 @@ def identity(arch: ModelArch) -> PruningPlan:
     )
 
 
-def make_plan(
-    scores: ImportanceScores, target: ModelArch, *, drop_layers: Sequence[int] | None = None
-) -> PruningPlan:
+def make_plan(scores: ImportanceScores, target: ModelArch, *, drop_layers: Sequence[int] | None = None) -> PruningPlan:
     """The plan that keeps the most important units of `scores.arch`; of equals, the lower index stays.
 
     `drop_layers` counts from 1 as in the paper; unset, the layers of lowest block importance go. Channels, neurons

@@ -57,8 +57,7 @@ def check_layout(rank: int, layout: tuple[int, int, int, bool]) -> None:
     # Six samples over four ranks: some ranks hear two, some one.
     samples = slice(dp_rank, None, dp)
     mine = [
-        tape.shard(rank=tp_rank, tp=tp, sequence_parallel=sequence_parallel)
-        for tape in select_samples(tapes, samples)
+        tape.shard(rank=tp_rank, tp=tp, sequence_parallel=sequence_parallel) for tape in select_samples(tapes, samples)
     ]
     # Uneven stages: the first takes what is left over.
     bounds = [0, *(ARCH.num_layers - pp + 1 + stage for stage in range(pp))]

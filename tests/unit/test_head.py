@@ -24,7 +24,10 @@ def reference(student, teacher, labels, mask, *, tau=1.0, kl=1.0, ce=0.0):
 def problem(tokens=23, vocab=37, hidden=8, teacher_hidden=12, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator) * scale  # noqa: E731
-    student, teacher = (draw(tokens, hidden), draw(vocab, hidden)), (draw(tokens, teacher_hidden), draw(vocab, teacher_hidden))
+    student, teacher = (
+        (draw(tokens, hidden), draw(vocab, hidden)),
+        (draw(tokens, teacher_hidden), draw(vocab, teacher_hidden)),
+    )
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
     return student, teacher, labels, (torch.rand(tokens, generator=generator) > 0.3).float()
 

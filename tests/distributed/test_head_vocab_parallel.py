@@ -1,0 +1,114 @@
+"""The head loss over ranks that share a vocabulary: exact, the same on each of them, one collective a chunk."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.parallel import Groups
+from minitron_nemo.testing import run_layout
+
+TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 37, 8, 12
+# 48 rows over two ranks; 64 over four, of which the last holds nothing but padding.
+ROWS = {2: 24, 4: 16}
+CASES = [  # temperature, weight of the divergence, weight of the cross-entropy, tokens in a chunk, teacher
+    (1.0, 1.0, 0.0, 1000, True),
+    (0.5, 1.0, 0.0, 7, True),
+    (2.0, 0.7, 0.3, 7, True),
+    (1.0, 0.0, 1.0, 5, True),
+    (1.0, 0.0, 1.0, 1000, False),
+]
+
+
+def problem() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "x": (TOKENS, HIDDEN),
+        "w": (VOCAB, HIDDEN),
+        "tx": (TOKENS, TEACHER_HIDDEN),
+        "tw": (VOCAB, TEACHER_HIDDEN),
+    }
+    drawn = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    drawn["labels"] = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    drawn["labels"][0], drawn["labels"][1] = 0, VOCAB - 1
+    drawn["mask"] = (torch.rand(TOKENS, generator=generator) > 0.3).float()
+    drawn["mask"][:2] = 1.0
+    return drawn
+
+
+def reference(case) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient of the hidden states, gradient of the head) by torch's own losses in float64."""
+    tau, kl_weight, ce_weight, _, has_teacher = case
+    p = {name: t.double() if t.is_floating_point() else t for name, t in problem().items()}
+    x, w = p["x"].requires_grad_(), p["w"].requires_grad_()
+    logits = x @ w.T
+    loss = ce_weight * functional.cross_entropy(logits, p["labels"], reduction="none")
+    if has_teacher:
+        student, teacher = (functional.log_softmax(t / tau, dim=1) for t in (logits, p["tx"] @ p["tw"].T))
+        loss = loss + kl_weight * tau**2 * functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    loss = (loss * p["mask"]).sum()
+    loss.backward()
+    return loss.detach(), x.grad, w.grad
+
+
+def rows_of_rank(weight: Tensor, groups: Groups) -> Tensor:
+    """This rank's rows; what pads the vocabulary is large, so that it shows where it takes part."""
+    rows = ROWS[groups.tp_size]
+    padded = torch.full((rows * groups.tp_size, weight.shape[1]), 9.0)
+    padded[:VOCAB] = weight
+    return padded[groups.tp_rank * rows :][:rows].clone()
+
+
+def solve(groups: Groups) -> list[dict]:
+    """Every case on this rank's part of the vocabulary: values of all ranks, whole gradients, collectives counted."""
+    calls = 0
+    original = dist.all_gather
+
+    def counting(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    answers = []
+    for tau, kl_weight, ce_weight, chunk, has_teacher in CASES:
+        p = problem()
+        x, w = p["x"].requires_grad_(), rows_of_rank(p["w"], groups).requires_grad_()
+        teacher = (p["tx"], rows_of_rank(p["tw"], groups)) if has_teacher else None
+        head = HeadLoss(vocab_size=VOCAB, kl_weight=kl_weight, cross_entropy_weight=ce_weight, temperature=tau,
+                        chunk_tokens=chunk, group=groups.tp)  # fmt: skip
+        calls, dist.all_gather = 0, counting
+        loss, sums = head((x, w), teacher, labels_N=p["labels"], mask_N=p["mask"])
+        loss.backward()
+        dist.all_gather = original
+        count = calls
+        assert x.grad is not None
+        assert w.grad is not None
+        parts = [torch.empty_like(w.grad) for _ in range(groups.tp_size)]
+        dist.all_gather(parts, w.grad, group=groups.tp)
+        dist.all_reduce(x.grad, group=groups.tp)
+        answers.append({
+            "values": groups.share_json([loss.item().hex(), *(value.hex() for value in sums.tolist())]),
+            "collectives": groups.share_json(count),
+            "dx": x.grad.numpy(),
+            "dw": torch.cat(parts).numpy(),
+        })  # fmt: skip
+    return answers
+
+
+@pytest.mark.parametrize("ranks", ROWS)
+def test_vocabulary_parallel_loss_is_exact(ranks):
+    for case, answer in zip(CASES, run_layout(solve, (ranks, 1, ranks, False)), strict=True):
+        loss, dx, dw = reference(case)
+        ours = torch.tensor(float.fromhex(answer["values"][0][0]), dtype=torch.float64)
+        torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0, msg=lambda text, case=case: f"{case}: {text}")
+        torch.testing.assert_close(torch.from_numpy(answer["dx"]).double(), dx, rtol=1e-4, atol=2e-5)
+        gradient = torch.from_numpy(answer["dw"]).double()
+        torch.testing.assert_close(gradient[:VOCAB], dw, rtol=1e-4, atol=5e-5)
+        assert gradient[VOCAB:].abs().max() == 0, "padding rows have no gradient"
+        assert all(values == answer["values"][0] for values in answer["values"]), f"{case}: ranks differ in some bit"
+        chunks = math.ceil(TOKENS / case[3])
+        assert answer["collectives"] == [chunks] * ranks, f"{case}: one collective for each of {chunks} chunks"

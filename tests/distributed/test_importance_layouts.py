@@ -1,0 +1,167 @@
+"""Importance through the real engine: the same in every layout; and a sliced model equals the masked one."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from layouts import assert_same_weights, load_model, logits_of
+
+from minitron_nemo.arch import AXES
+from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo, write_nemo
+from minitron_nemo.engine.schedule import forward_hidden
+from minitron_nemo.importance.accumulators import RankGroups
+from minitron_nemo.importance.listen import listening
+from minitron_nemo.importance.scores import ImportanceScores
+from minitron_nemo.parameters import Parameter
+from minitron_nemo.pruning.apply import pruned_tensors
+from minitron_nemo.pruning.cuts import elements_to_keep
+from minitron_nemo.pruning.plan import PruningPlan, identity, make_plan
+from minitron_nemo.testing import ALONE, LAYOUTS, TINY, random_batch, random_nemo, run_layout
+
+NUM_SAMPLES = 4
+AGGREGATIONS = [("mean", "l2"), ("variance", "mean")]
+TARGETS = {
+    "ffn": dict(ffn_hidden_size=56),
+    "heads": dict(num_attention_heads=4),
+    "layers": dict(num_layers=2),
+    "hidden": dict(hidden_size=36),
+    "all": dict(num_layers=3, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4),
+}
+
+
+def estimate(groups, models):
+    """Scores of every model for each of AGGREGATIONS, by axis, as arrays."""
+    ranks = RankGroups(tp=groups.tp, pp=groups.pp, dp=groups.dp, sequence_parallel=groups.sequence_parallel)
+    answers = {}
+    for name, path in models.items():
+        arch = open_nemo(path).arch
+        model = load_model(path, groups).eval()
+        mine = random_batch(arch, samples=NUM_SAMPLES, seed=5)["tokens"].chunk(groups.dp_size)[groups.dp_rank]
+        for sequence, batch in AGGREGATIONS:
+            with listening(model, arch=arch, sequence_aggregation=sequence, groups=ranks) as statistics:
+                for tokens in mine.split(1):
+                    forward_hidden(model, [{"tokens": tokens}])
+            scores = statistics.finish(batch)
+            assert scores.num_samples == NUM_SAMPLES
+            answers[name, sequence, batch] = {axis: getattr(scores, axis).numpy() for axis in AXES}
+    return answers
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: random_nemo(folder / f"{name}.nemo", arch).path for name, arch in TINY.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """(model, aggregations) -> scores on one rank."""
+    return {key: as_scores(key, values) for key, values in run_layout(estimate, ALONE, models).items()}
+
+
+def as_scores(key, values) -> ImportanceScores:
+    name, sequence, batch = key
+    return ImportanceScores(
+        arch=TINY[name], **{axis: torch.from_numpy(array) for axis, array in values.items()},
+        num_samples=NUM_SAMPLES, seq_length=16, sequence_aggregation=sequence, batch_aggregation=batch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_and_kept_units_are_the_same_in_every_layout(layout, models, alone):
+    for key, values in run_layout(estimate, LAYOUTS[layout], models).items():
+        ours, theirs = as_scores(key, values), alone[key]
+        for axis in AXES:
+            # A block importance is one minus a cosine, so its error is that of numbers near one.
+            torch.testing.assert_close(getattr(ours, axis), getattr(theirs, axis), rtol=2e-5, atol=1e-6,
+                                       msg=lambda text, axis=axis, key=key: f"{key} {axis}: {text}")  # fmt: skip
+        for target in TARGETS.values():
+            arch = TINY[key[0]].shrink(**target)
+            assert make_plan(ours, arch) == make_plan(theirs, arch), f"{key} {target}"
+
+
+def write_model(path, arch, tensors) -> NemoFolder:
+    write_nemo(
+        path, arch, tensors=tensors, tokenizer=None, dtype=torch.float32, fingerprint="test", config={}, parents={}
+    )
+    return open_nemo(path)
+
+
+def masked(source: NemoFolder, plan: PruningPlan):
+    """`read` of the whole model in which what the plan removes is silent, instead of gone.
+
+    A removed layer writes nothing into the residual stream. Norms of a stream with removed channels would divide by
+    the root mean square over all channels; kept/full under the root, and in epsilon, undoes that.
+    """
+    ratio = plan.target.hidden_size / plan.source.hidden_size
+
+    def read(parameter: Parameter, layer: int | None):
+        tensor = source.read(parameter, layer).clone()
+        if layer is not None and layer not in plan.layers:
+            return (
+                torch.zeros_like(tensor)
+                if parameter.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                else tensor
+            )
+        place = None if layer is None else plan.layers.index(layer)
+        for dimension, dim in enumerate(parameter.dims):
+            if (units := plan.keep(dim.axis, layer=place)) is None:
+                continue
+            removed = torch.ones(tensor.shape[dimension], dtype=torch.bool)
+            removed[elements_to_keep(dim, torch.tensor(units), arch=plan.source)] = False
+            tensor.index_fill_(dimension, removed.nonzero()[:, 0], 0.0)
+        return tensor * math.sqrt(ratio) if tensor.dim() == 1 and ratio < 1 else tensor
+
+    return read, dataclasses.replace(plan.source, norm_epsilon=plan.source.norm_epsilon * ratio)
+
+
+@pytest.mark.parametrize(("family", "layout"), [("llama", "tp2_sp"), ("mistral", "pp2"), ("nemotron", "tp2")])
+def test_a_sliced_model_equals_the_masked_one(family, layout, models, alone, tmp_path):
+    source = open_nemo(models[family])
+    # The mean of LayerNorm1p also counts the removed channels, so only RMSNorm has an equal masked model.
+    targets = [name for name in TARGETS if family != "nemotron" or name not in ("hidden", "all")]
+    sliced_paths, masked_paths = [], []
+    for name in targets:
+        plan = make_plan(alone[family, "mean", "l2"], source.arch.shrink(**TARGETS[name]))
+        sliced = write_model(tmp_path / f"{name}.nemo", plan.target, pruned_tensors(source.read, plan))
+        read, arch = masked(source, plan)
+        masked_paths.append(write_model(tmp_path / f"{name}_masked.nemo", arch, read).path)
+        sliced_paths.append(sliced.path)
+    tokens = random_batch(source.arch, samples=2, seed=9)["tokens"]
+    (whole,) = run_layout(logits_of, ALONE, [source.path], tokens)
+    ours = run_layout(logits_of, LAYOUTS[layout], sliced_paths, tokens)
+    theirs = run_layout(logits_of, ALONE, masked_paths, tokens)
+    for name, a, b in zip(targets, ours, theirs, strict=True):
+        assert abs(b - whole).max() > 1e-2, f"{name}: pruning that changes nothing would prove nothing"
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=0, atol=1e-5,
+                                   msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_identity_plan_changes_no_bit(family, models, tmp_path):
+    source = open_nemo(models[family])
+    copy = write_model(tmp_path / "copy.nemo", source.arch, pruned_tensors(source.read, identity(source.arch)))
+    assert_same_weights(copy, source)
+    for file in sorted((source.path / "model_weights").glob("*.distcp")):
+        assert (copy.path / "model_weights" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_pruning_twice_equals_pruning_once_by_the_composed_plan(models, alone, tmp_path):
+    source = open_nemo(models["llama"])
+    first = make_plan(alone["llama", "mean", "l2"], source.arch.shrink(**TARGETS["all"]))
+    # Any scores do for the second cut.
+    arch = first.target
+    generator = torch.Generator().manual_seed(0)
+    drawn = {"num_layers": (arch.num_layers,), "hidden_size": (arch.hidden_size,)}
+    drawn |= {axis: (arch.num_layers, getattr(arch, axis)) for axis in ("ffn_hidden_size", "num_attention_heads")}
+    scores = ImportanceScores(
+        arch=arch, **{axis: torch.rand(shape, generator=generator).double() for axis, shape in drawn.items()},
+        num_samples=1, seq_length=1, sequence_aggregation="mean", batch_aggregation="l2",
+    )  # fmt: skip
+    second = make_plan(scores, arch.shrink(num_layers=2, hidden_size=24, ffn_hidden_size=32))
+    once = write_model(tmp_path / "once.nemo", arch, pruned_tensors(source.read, first))
+    twice = write_model(tmp_path / "twice.nemo", second.target, pruned_tensors(once.read, second))
+    composed = first.then(second)
+    at_once = write_model(tmp_path / "at_once.nemo", composed.target, pruned_tensors(source.read, composed))
+    assert_same_weights(at_once, twice)

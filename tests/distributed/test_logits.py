@@ -1,0 +1,66 @@
+"""An imported model says what transformers says, under every layout, and saving it changes no bit."""
+
+import pytest
+import torch
+from hf_models import LLAMA3_ROPE, save_tiny_hf
+from layouts import assert_same_weights, logits_and_copies
+
+from minitron_nemo.checkpoint.hf import import_hf
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.testing import ALONE, LAYOUTS, run_layout
+
+# Three layers do not divide over two stages; 32 original positions are far from Megatron's built-in 8192, and
+# sequences longer than that make every branch of the scaling count; 4 heads of 12 channels are not 32.
+MODELS = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 4.0}}),
+    "mistral": ("mistral", {}),
+    "nemotron": ("nemotron", {}),
+}
+CHECKED = {"alone": ALONE, **{name: LAYOUTS[name] for name in ("tp2", "tp2_sp", "pp2", "tp2_pp2")}}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Model name -> (.nemo folder, tokens, the logits of transformers)."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("imported")
+    tokens = torch.randint(0, 131, (2, 48), generator=torch.Generator().manual_seed(1))
+    models = {}
+    for name, (family, overrides) in MODELS.items():
+        source = save_tiny_hf(folder / f"{name}_hf", family, num_hidden_layers=3, **overrides)
+        path = folder / f"{name}.nemo"
+        import_hf(source, path, fingerprint=name, config={})
+        with torch.no_grad():
+            wanted = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(tokens).logits
+        models[name] = (path, tokens, wanted)
+    return models
+
+
+@pytest.mark.parametrize("layout", CHECKED)
+def test_imported_models_equal_transformers_and_save_unchanged(layout, imported, tmp_path):
+    stages = [1, 2] if layout == "tp2_pp2" else None
+    copies = {name: tmp_path / f"{name}.nemo" for name in imported}
+    jobs = [(path, copies[name], tokens, stages) for name, (path, tokens, _) in imported.items()]
+    answers = run_layout(logits_and_copies, CHECKED[layout], jobs)
+    for (name, (path, _, wanted)), logits in zip(imported.items(), answers, strict=True):
+        assert wanted.std() > 0.05, "logits that are all alike would prove nothing"
+        torch.testing.assert_close(
+            torch.from_numpy(logits), wanted, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert_same_weights(open_nemo(copies[name]), open_nemo(path))
+
+
+def test_the_comparison_notices_a_wrong_rotary_scaling(imported, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, tokens, _ = imported["llama"]
+    source = path.with_name("llama_hf")
+    config = AutoConfig.from_pretrained(
+        source, rope_parameters={**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    )
+    with torch.no_grad():
+        wrong = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()(tokens).logits
+    (ours,) = run_layout(logits_and_copies, ALONE, [(path, tmp_path / "copy.nemo", tokens, None)])
+    assert (torch.from_numpy(ours) - wrong).abs().max() > 1e-3

@@ -1,0 +1,132 @@
+"""A training run that was stopped and resumed equals one that never stopped, bit for bit."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import pytest
+from layouts import ORIGIN, assert_same_weights, load_model, samples
+
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.config import OptimConfig, TrainingConfig
+from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.engine.optimizer import prepare_training
+from minitron_nemo.engine.state import CheckpointFolder, save_model
+from minitron_nemo.errors import UserError
+from minitron_nemo.objectives import LanguageModelObjective
+from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, random_nemo, run_layout
+from minitron_nemo.train import TrainingRun, train
+
+SEQ_LENGTH = 8
+CONFIG = TrainingConfig(
+    max_steps=7, global_batch_size=2, micro_batch_size=1, optim=OptimConfig(lr=3e-3, warmup_steps=3),
+    val_check_interval=3, limit_val_batches=1, save_every_n_steps=2, save_top_k=2,
+)  # fmt: skip
+STOPPED_IN = 6  # the step during which the run dies; checkpoints of steps 2 and 4 are there by then
+TIMINGS = ("tokens_per_second", "model_flops_per_second_per_rank")
+
+
+class PowerCutError(Exception):
+    """What stops a run half-way through a step."""
+
+
+def run_training(groups, path, folder, *, stop_in=None):
+    """Train `path` in `folder`, which a former run may have left unfinished; returns the log's lines on rank 0."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("minitron_nemo")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    source = open_nemo(path)
+    arch = source.arch
+    training = prepare_training(load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, distributed=True)
+
+    def train_batch(first, count):
+        if stop_in is not None and first >= (stop_in - 1) * CONFIG.global_batch_size:
+            raise PowerCutError
+        return samples(arch, first=first, count=count, seq_length=SEQ_LENGTH)
+
+    run = TrainingRun(
+        name="model", training=training, config=CONFIG, groups=groups,
+        checkpoints=CheckpointFolder(folder / "checkpoints", "same run", arch, groups, keep=CONFIG.save_top_k),
+        logs=folder / "logs", train_batch=train_batch,
+        valid_batch=lambda first, count: samples(arch, first=9000 + first, count=count, seq_length=SEQ_LENGTH),
+        seq_length=SEQ_LENGTH, flops_per_token=1.0, log_every_n_steps=1,
+    )  # fmt: skip
+    head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, group=groups.tp)
+    try:
+        end = train(run, LanguageModelObjective(head))
+    except PowerCutError:
+        groups.barrier()
+        return [*lines, "stopped"]
+    save_model(folder / "trained.nemo", training.model, arch, groups, tokenizer=folder / "none",
+               tokens=end.consumed_tokens, origin=ORIGIN)  # fmt: skip
+    return lines
+
+
+def run_training_until(groups, path, folder, stop_in):
+    return run_training(groups, path, folder, stop_in=stop_in)
+
+
+def new_run(path):
+    (path / "none").mkdir(parents=True)
+    return path
+
+
+def records(folder):
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    arch = dataclasses.replace(LLAMA, num_layers=2)
+    return random_nemo(tmp_path_factory.mktemp("model") / "model.nemo", arch).path
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2_sp", "dp2"])
+def test_a_resumed_run_equals_an_uninterrupted_one(layout, model, tmp_path):
+    degrees = {"alone": ALONE, **LAYOUTS}[layout]
+    whole, stopped = new_run(tmp_path / "whole"), new_run(tmp_path / "stopped")
+    assert "stopped" not in run_layout(run_training, degrees, model, whole)
+    assert run_layout(run_training_until, degrees, model, stopped, STOPPED_IN)[-1] == "stopped"
+    assert not (stopped / "trained.nemo").exists()
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    damaged = shutil.copytree(stopped, tmp_path / "damaged")
+
+    lines = run_layout(run_training, degrees, model, stopped)
+    assert any(line.startswith("resumed from") and line.endswith("step_00000004") for line in lines), lines
+    check_equal(stopped, whole)
+
+    spoil(damaged / "checkpoints" / "step_00000004")
+    lines = run_layout(run_training, degrees, model, damaged)
+    assert any("step_00000004" in line and "trying an older checkpoint" in line for line in lines), lines
+    assert any(line.startswith("resumed from") and line.endswith("step_00000002") for line in lines), lines
+    check_equal(damaged, whole)
+
+
+def check_equal(ours, theirs):
+    assert_same_weights(open_nemo(ours / "trained.nemo"), open_nemo(theirs / "trained.nemo"))
+    assert open_nemo(ours / "trained.nemo").manifest.tokens == open_nemo(theirs / "trained.nemo").manifest.tokens
+    assert records(ours) == records(theirs)
+    assert [record["step"] for record in records(ours)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7], "validation at 3, 6 and 7"
+
+
+def spoil(checkpoint):
+    """Turn one bit in the middle of the optimizer's state; sizes stay."""
+    file = checkpoint / "optimizer_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_resuming_under_another_layout_is_refused_in_one_line(model, tmp_path):
+    folder = new_run(tmp_path / "run")
+    run_layout(run_training_until, LAYOUTS["dp2"], model, folder, 4)
+    with pytest.raises(UserError, match="resume under that layout") as refusal:
+        run_layout(run_training, ALONE, model, folder)
+    assert "\n" not in str(refusal.value)
+    assert "dp2" in str(refusal.value)
+    assert not (folder / "trained.nemo").exists()

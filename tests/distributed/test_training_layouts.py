@@ -1,0 +1,163 @@
+"""Training is the same under every layout: losses, gradient norms, gradients and the weights that come out."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import ORIGIN, load_model, share_of_batch, weights_of
+
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.config import OptimConfig
+from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.distillation.teacher import Teacher
+from minitron_nemo.engine.model import Engine
+from minitron_nemo.engine.optimizer import prepare_training
+from minitron_nemo.engine.schedule import run_batch
+from minitron_nemo.engine.state import save_model
+from minitron_nemo.objectives import DistillationObjective, LanguageModelObjective
+from minitron_nemo.parallel import Groups
+from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, MISTRAL, NEMOTRON, random_nemo, run_layout
+
+STEPS, GLOBAL_BATCH, SEQ_LENGTH = 20, 2, 8
+# A student of three layers never divides over two stages; its teacher is deeper, wider and split the other way round.
+ARCHS = {
+    "llama": dataclasses.replace(LLAMA, num_layers=3),
+    "tied": dataclasses.replace(MISTRAL, num_layers=3),
+    "nemotron": dataclasses.replace(NEMOTRON, num_layers=3),
+    "teacher": dataclasses.replace(LLAMA, num_layers=5, hidden_size=64),
+}
+STAGES = {"student": {2: [1, 2]}, "teacher": {2: [4, 1]}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, with which optimizer."""
+
+    model: str
+    teacher: str | None
+    distributed: bool
+
+
+TRAINED = {
+    "language model, tied, plain optimizer": Run("tied", None, False),
+    "distillation, distributed optimizer": Run("llama", "teacher", True),
+}
+DIFFERENTIATED = {
+    "tied": Run("tied", None, False),
+    "nemotron": Run("nemotron", None, False),
+    "distillation": Run("llama", "teacher", False),
+}
+
+
+def start(groups: Groups, run: Run, models: dict[str, Path]):
+    """(training, objective) of a run on this rank."""
+    arch = open_nemo(models[run.model]).arch
+    model = load_model(models[run.model], groups, stage_layers=STAGES["student"].get(groups.pp_size))
+    optim = OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=5)
+    training = prepare_training(model, optim, max_steps=STEPS, distributed=run.distributed)
+    if run.teacher is None:
+        head = HeadLoss(
+            vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, chunk_tokens=5, group=groups.tp
+        )
+        return training, LanguageModelObjective(head)
+    head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.8, cross_entropy_weight=0.2, temperature=2.0,
+                    chunk_tokens=5, group=groups.tp)  # fmt: skip
+    stages = STAGES["teacher"].get(groups.pp_size)
+    teacher = Teacher(open_nemo(models[run.teacher]), Engine(groups=groups), stage_layers=stages)
+    return training, DistillationObjective(head, teacher)
+
+
+def batch_sums(groups: Groups, arch, training, objective, *, step: int) -> torch.Tensor:
+    batches = share_of_batch(arch, step=step, size=GLOBAL_BATCH, seq_length=SEQ_LENGTH, groups=groups)
+    training.zero_gradients()
+    return run_batch(training.model, batches, objective, groups=groups, train=True)
+
+
+def train_all(groups: Groups, models: dict[str, Path], folder: Path) -> dict[str, list[list[float]]]:
+    """For each of TRAINED a row per step: [tokens, KL, cross-entropy, agreement, gradient norm]; weights in folder."""
+    rows: dict[str, list[list[float]]] = {}
+    for number, (name, run) in enumerate(TRAINED.items()):
+        arch = open_nemo(models[run.model]).arch
+        training, objective = start(groups, run, models)
+        rows[name] = []
+        for step in range(STEPS):
+            sums = batch_sums(groups, arch, training, objective, step=step)
+            rows[name].append([*sums.tolist(), training.step()])
+        save(groups, training, arch, folder / f"trained_{number}.nemo")
+    return rows
+
+
+def differentiate_all(groups: Groups, models: dict[str, Path], folder: Path) -> None:
+    """The gradients of the first batch of each of DIFFERENTIATED, saved as though they were weights."""
+    for name, run in DIFFERENTIATED.items():
+        arch = open_nemo(models[run.model]).arch
+        training, objective = start(groups, run, models)
+        batch_sums(groups, arch, training, objective, step=0)
+        for parameter in training.model.parameters():
+            parameter.data.copy_(parameter.main_grad)
+        save(groups, training, arch, folder / f"{name}.nemo")
+
+
+def save(groups, training, arch, path) -> None:
+    save_model(path, training.model, arch, groups, tokenizer=path.parent / "no_tokenizer", tokens=0, origin=ORIGIN)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: random_nemo(folder / f"{name}.nemo", arch, seed=n).path for n, (name, arch) in enumerate(ARCHS.items())
+    }
+
+
+def new_folder(path: Path) -> Path:
+    (path / "no_tokenizer").mkdir(parents=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """(rows, folder) of training and the folder of gradients, on one rank."""
+    trained = new_folder(tmp_path_factory.mktemp("trained"))
+    gradients = new_folder(tmp_path_factory.mktemp("gradients"))
+    rows = run_layout(train_all, ALONE, models, trained)
+    run_layout(differentiate_all, ALONE, models, gradients)
+    return rows, trained, gradients
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_are_the_same_in_every_layout(layout, models, alone, tmp_path):
+    folder = new_folder(tmp_path)
+    rows = run_layout(train_all, LAYOUTS[layout], models, folder)
+    wanted, trained, _ = alone
+    for number, name in enumerate(TRAINED):
+        ours, theirs = torch.tensor(rows[name]), torch.tensor(wanted[name])
+        assert torch.equal(ours[:, 0], theirs[:, 0]), "tokens"
+        losses = slice(1, 3)
+        torch.testing.assert_close(ours[:, losses], theirs[:, losses], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[:, 4], theirs[:, 4], rtol=1e-4, atol=1e-6)
+        ours, theirs = (weights_of(path / f"trained_{number}.nemo") for path in (folder, trained))
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_gradient_is_the_same_in_every_layout(layout, models, alone, tmp_path):
+    folder = new_folder(tmp_path)
+    run_layout(differentiate_all, LAYOUTS[layout], models, folder)
+    for name in DIFFERENTIATED:
+        ours, theirs = (weights_of(path / f"{name}.nemo") for path in (folder, alone[2]))
+        for key, gradient in theirs.items():
+            assert gradient.abs().max() > 0, f"{key}: a gradient of nothing would prove nothing"
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-5 * scale,
+                                       msg=lambda text, key=key, name=name: f"{name} {key}: {text}")  # fmt: skip
+
+
+def test_training_learns(alone):
+    """Otherwise equal losses would say little. No sample repeats, so what falls is the distance to the teacher."""
+    rows = torch.tensor(alone[0]["distillation, distributed optimizer"])
+    divergence = rows[:, 1] / rows[:, 0]
+    assert divergence[-5:].mean() < 0.9 * divergence[:5].mean()

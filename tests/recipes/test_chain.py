@@ -1,0 +1,145 @@
+"""The whole chain: killed half-way, run again to its end, run once more with nothing left to do."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import logits_of
+from tiny_run import MODELS, NUM_STEPS, ROOT, tree, write_tiny_run
+
+from minitron_nemo.checkpoint.manifest import read_manifest, verify_files
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.errors import UserError
+from minitron_nemo.testing import ALONE, run_layout
+from recipes.pipeline import run_pipeline
+
+CHECKPOINT = "checkpoints/pretrained/step_00000002"
+PATIENCE = 120  # seconds; the chain up to its first training checkpoint takes ten
+
+
+def kill_when(there: str, *, run_dir: Path, config_dir: Path) -> None:
+    """Start the pipeline as a user would and kill it with all its ranks as soon as a file matches `there`."""
+    command = [sys.executable, "recipes/pipeline.py", "--config-name", "tiny", "--config-dir", str(config_dir)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not list(run_dir.glob(there)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, f"no {there} after {PATIENCE} s"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """(run folder, config folder) of a chain that was killed during its first training and then run to its end."""
+    config_dir, run_dir = write_tiny_run(tmp_path_factory.mktemp("chain"))
+    kill_when(f"{CHECKPOINT}/manifest.json", run_dir=run_dir, config_dir=config_dir)
+    assert not (run_dir / "pretrained.nemo").exists()
+    finished = ("tokenizer/", "data/", "random_init.nemo/", CHECKPOINT)
+    before = {name: value for name, value in tree(run_dir).items() if name.startswith(finished)}
+    run_pipeline("tiny", [], config_dir=config_dir)
+    after = tree(run_dir)
+    again = [name for name, value in before.items() if after[name] != value]
+    assert before
+    assert not again, "what was finished is not made again, nor are training steps before a checkpoint"
+    return run_dir, config_dir
+
+
+def test_the_report_has_every_model_with_its_numbers(chain):
+    run_dir, _ = chain
+    models = json.loads((run_dir / "report.json").read_text())["models"]
+    assert tuple(models) == MODELS
+    for name, model in models.items():
+        assert model["params"] == open_nemo(run_dir / f"{name}.nemo").arch.num_params()
+        assert model["perplexity"] == pytest.approx(math.exp(model["validation_loss"]))
+        assert 0 <= model["top1_agreement"] <= 1
+        assert model["forward_kl"] > -1e-6
+    assert models["corrected_teacher"]["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert models["corrected_teacher"]["top1_agreement"] == 1
+    per_run = 4 * 4 * 32  # steps x samples x tokens
+    tokens = {name: models[name]["tokens"] / per_run for name in MODELS}
+    counted = {"teacher": 0, "corrected_teacher": 1, "width_pruned": 1, "width_student": 2, "depth_student": 2}
+    assert tokens == counted, "an imported model starts to count anew"
+    page = (run_dir / "report.html").read_text()
+    assert all(name in page for name in MODELS)
+
+
+def test_training_went_on_after_the_kill_without_a_gap(chain):
+    run_dir, _ = chain
+    records = [
+        json.loads(line) for line in (run_dir / "logs" / "pretrained" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [record["step"] for record in records if "lm_loss" in record] == [1, 2, 3, 4]
+    assert [record["consumed_tokens"] for record in records if "lm_loss" in record] == [128, 256, 384, 512]
+
+
+def test_shapes_are_those_asked_for(chain):
+    run_dir, _ = chain
+    teacher, width, depth = (
+        open_nemo(run_dir / f"{name}.nemo").arch for name in ("teacher", "width_student", "depth_student")
+    )
+    assert width == teacher.shrink(hidden_size=24, ffn_hidden_size=48)
+    assert depth == teacher.shrink(num_layers=2)
+
+
+def test_every_artefact_is_whole_and_names_its_parents(chain):
+    run_dir, _ = chain
+    manifests = {path.parent.name: read_manifest(path.parent, kind=None) for path in run_dir.glob("*/manifest.json")}
+    for name, manifest in manifests.items():
+        verify_files(run_dir / name, manifest)
+    student = manifests["width_student.nemo"]
+    assert student.parents == {
+        "student": open_nemo(run_dir / "width_pruned.nemo").sha256,
+        "teacher": open_nemo(run_dir / "corrected_teacher.nemo").sha256,
+    }
+    assert not list(run_dir.glob("*.tmp-*")), "leftovers of the kill"
+
+
+def test_exports_open_with_transformers_and_say_the_same(chain):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = chain
+    text = "a smaller one learns what remains of it again and the model forgets"
+    tokens = AutoTokenizer.from_pretrained(run_dir / "teacher_hf")(text, return_tensors="pt").input_ids
+    assert tokens.shape[1] > 10
+    ours = run_layout(logits_of, ALONE, [run_dir / f"{name}.nemo" for name in MODELS], tokens)
+    for name, logits in zip(MODELS, ours, strict=True):
+        with torch.no_grad():
+            theirs = (
+                AutoModelForCausalLM.from_pretrained(run_dir / f"{name}_hf", dtype=torch.float32).eval()(tokens).logits
+            )
+        torch.testing.assert_close(torch.from_numpy(logits), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_second_run_does_nothing(chain, caplog):
+    run_dir, config_dir = chain
+    before = tree(run_dir)
+    caplog.set_level(logging.INFO, logger="minitron_nemo")
+    run_pipeline("tiny", [], config_dir=config_dir)
+    skipped = [record for record in caplog.records if "is done, nothing to do" in record.getMessage()]
+    assert len(skipped) == NUM_STEPS - 1, "every step but the report, which shows the present"
+    after = tree(run_dir)
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == ["report.html", "report.json"]
+
+
+def test_a_changed_setting_is_refused_rather_than_mixed_in(chain):
+    run_dir, config_dir = chain
+    before = tree(run_dir)
+    with pytest.raises(UserError, match="made by another configuration; set overwrite=true or move it"):
+        run_pipeline("tiny", ["correct_teacher.training.optim.lr=1e-3"], config_dir=config_dir)
+    assert tree(run_dir) == before

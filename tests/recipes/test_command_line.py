@@ -1,0 +1,214 @@
+"""Bad input ends with one line and exit code 2, and nothing that exists is changed; a dry run writes nothing."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny_run import ROOT, tree, write_tiny_run
+
+from minitron_nemo.arch import billions
+from minitron_nemo.cli import run_command, run_safely
+from minitron_nemo.config import CONF_DIR, compose
+from recipes.pipeline import run_pipeline
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "pipeline")
+CONFIGS = sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+
+
+def recipe(name):
+    return importlib.import_module(f"recipes.{name}").RECIPE
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the tiny config and, under `run`, what the recipes read; made once by the recipes themselves."""
+    folder = tmp_path_factory.mktemp("place")
+    config_dir, run = write_tiny_run(folder)
+
+    def make(name, *overrides):
+        assert run_command(recipe(name), ["--config-name", "tiny", "--config-dir", str(config_dir), *overrides]) == 0
+
+    make("train_tokenizer")
+    make("prepare_data")
+    for name, *overrides in (
+        ("teacher",), ("corrected_teacher",), ("wide", "model.hidden_size=48", "model.ffn_hidden_size=72"),
+    ):  # fmt: skip
+        make("random_init", f"random_init.output={run}/{name}.nemo", *overrides)
+    # A tokenizer with fewer merges that fits the same vocabulary: only its ids mean something else.
+    make("train_tokenizer", "train_tokenizer.vocab_size=290", f"train_tokenizer.output={run}/strange_tokenizer")
+    make("random_init", f"random_init.tokenizer={run}/strange_tokenizer", f"random_init.output={run}/stranger.nemo")
+    make("estimate_importance", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false")
+    make("prune")
+    shutil.copytree(run / "teacher.nemo", run / "damaged.nemo")
+    (shard,) = (run / "damaged.nemo" / "model_weights").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (folder / "notes").mkdir()
+    (folder / "notes" / "precious.txt").write_text("not yours")
+    (folder / "notes" / "precious.json").write_text("{}")
+    return folder
+
+
+# recipe, overrides ({} is the run folder, {notes} a folder of something else), what the line must say
+BAD_INPUT = [
+    # keys and values
+    ("distill", ["trainer.device=2"], "trainer.device"),
+    ("distill", ["+trainer.device=2"], "trainer.device"),
+    ("distill", ["+distill.training.optim.momentum=1"], "distill.training.optim.momentum"),
+    ("distill", ["+surprise=1"], "surprise"),
+    ("prepare_data", ["+prepare_data.corpora.first.encoding=latin"], "prepare_data.corpora.first.encoding"),
+    ("distill", ["trainer.devices=two"], "trainer.devices"),
+    ("distill", ["data.seq_length=1.5"], "data.seq_length"),
+    ("distill", ["parallel.sequence_parallel=perhaps"], "parallel.sequence_parallel"),
+    ("estimate_importance", ["estimate_importance.batch_aggregation=median"], "batch_aggregation"),
+    ("distill", ["trainer"], "trainer"),
+    ("distill", ["distill.training.global_batch_size=3"], "global_batch_size=3"),
+    ("distill", ["distill.temperature=0"], "temperature"),
+    ("distill", ["data.split='90,10'"], "data.split"),
+    # layouts
+    ("correct_teacher", ["trainer.devices=3", "parallel.tensor_model_parallel_size=3", "data.seq_length=33"],
+     "must divide the model's num_attention_heads=4"),
+    ("distill", ["trainer.devices=4", "parallel.tensor_model_parallel_size=4"], "num_query_groups=2"),
+    ("distill", ["trainer.devices=3"], "trainer.devices=3"),
+    ("distill", ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
+                 "parallel.pipeline_model_parallel_size=2", "parallel.student_stage_layers=[1,1]"], "add up to 3"),
+    ("correct_teacher", ["data.seq_length=128"], "at most 64 positions"),
+    # targets and plans
+    ("prune", ["prune.target.hidden_size=40"], "hidden_size=40"),
+    ("prune", ["prune.target.num_attention_heads=3"], "num_query_groups=2"),
+    ("prune", ["prune.target.drop_layers=[4]"], "counted from 1 to 3"),
+    ("prune", ["prune.plan={}/width_pruned.nemo/plan.json", "prune.checkpoint={}/wide.nemo"], "plan.json was made for"),
+    ("prune", ["prune.checkpoint={}/wide.nemo", "prune.target.hidden_size=24"], "importance"),
+    ("prune", ["prune.plan={notes}/precious.txt"], "cannot be read as a plan"),
+    # data and tokenizers
+    ("correct_teacher", ["+data.blend.absent=1.0"], "data.blend.absent"),
+    ("estimate_importance", ["prepare_data.output={}/nowhere", "overwrite=true"], "data.blend.first"),
+    ("prepare_data", ["prepare_data.corpora.first.input={}/nowhere"], "no such file or folder"),
+    ("prepare_data", ["prepare_data.tokenizer={notes}"], "tokenizer.json"),
+    ("correct_teacher", ["correct_teacher.checkpoint={}/stranger.nemo"], "tokenizer"),
+    ("distill", ["distill.checkpoint={}/stranger.nemo"], "different tokenizers"),
+    ("evaluate", ["evaluate.checkpoint={}/stranger.nemo"], "different tokenizers"),
+    ("random_init", ["model.vocab_size=200", "random_init.output={}/new.nemo"], "the tokenizer has 300 ids"),
+    # what is not a model
+    ("distill", ["distill.checkpoint={notes}"], "is not a .nemo model folder"),
+    ("distill", ["distill.teacher={}/nowhere.nemo"], "no such folder"),
+    ("correct_teacher", ["correct_teacher.checkpoint={}/damaged.nemo"], "bytes"),
+    ("estimate_importance", ["estimate_importance.checkpoint={}/data"], "is not a .nemo model folder"),
+    ("evaluate", ["evaluate.checkpoint={notes}"], "is not a .nemo model folder"),
+    ("export_hf", ["export_hf.checkpoint={notes}"], "is not a .nemo model folder"),
+    ("import_hf", ["import_hf.source={notes}"], "is not a Hugging Face model folder"),
+    ("import_hf", ["import_hf.source=nowhere"], "no such folder"),
+    # outputs that belong to something else
+    ("correct_teacher", ["correct_teacher.output={notes}"], "exists"),
+    ("correct_teacher", ["correct_teacher.output={notes}", "overwrite=true"], "never overwritten"),
+    ("export_hf", ["export_hf.checkpoint={}/teacher.nemo", "export_hf.output={notes}", "overwrite=true"], "never overwritten"),
+    ("train_tokenizer", ["train_tokenizer.output={notes}", "overwrite=true"], "never overwritten"),
+    ("evaluate", ["evaluate.checkpoint={}/teacher.nemo", "evaluate.output={notes}/precious.json", "overwrite=true"],
+     "never overwritten"),
+    ("random_init", ["random_init.output={}/teacher.nemo", "seed=2"], "made by another configuration"),
+    ("report", [], "eval"),
+]  # fmt: skip
+
+
+def arguments(place, overrides, config="tiny"):
+    filled = [text.replace("{notes}", str(place / "notes")).replace("{}", str(place / "run")) for text in overrides]
+    return ["--config-name", config, "--config-dir", str(place / "conf"), *filled]
+
+
+def check_refusal(code: int, stderr: str, *, says: str) -> None:
+    assert code == 2, stderr
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, f"not one line: {stderr}"
+    assert says in stderr
+
+
+@pytest.mark.parametrize(("name", "overrides", "says"), BAD_INPUT, ids=lambda value: str(value)[:60])
+def test_bad_input_ends_with_one_line_and_changes_nothing(name, overrides, says, place, capsys):
+    before = tree(place)
+    code = run_command(recipe(name), arguments(place, overrides))
+    check_refusal(code, capsys.readouterr().err, says=says)
+    assert tree(place) == before
+
+
+def test_an_unknown_config_is_refused_with_the_names_there_are(place, capsys):
+    check_refusal(
+        run_command(recipe("prune"), arguments(place, [], config="large")), capsys.readouterr().err, says="tiny"
+    )
+
+
+def test_the_pipeline_checks_every_step_before_the_first_runs(place, capsys):
+    before = tree(place)
+    for overrides, says in ((["+surprise=1"], "surprise"), (["distill.temperature=0"], "temperature")):
+        code = run_safely(lambda overrides=overrides: run_pipeline("tiny", overrides, config_dir=place / "conf"))
+        check_refusal(code, capsys.readouterr().err, says=says)
+    assert tree(place) == before
+
+
+def test_scripts_refuse_as_their_functions_do(place):
+    """Started together, as most of their time is importing."""
+    commands = {
+        "no such config": ("pipeline", ["--config-name", "nowhere"], "quickstart"),
+        "wrong type": ("distill", arguments(place, ["trainer.devices=two"]), "trainer.devices"),
+        "not a model": ("correct_teacher", arguments(place, ["correct_teacher.checkpoint={notes}"]), "not a .nemo"),
+    }
+    before = tree(place)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, f"recipes/{script}.py", *rest],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script, rest, _ in commands.values()
+    ]
+    for process, (_, _, says) in zip(started, commands.values(), strict=True):
+        _, stderr = process.communicate(timeout=120)
+        check_refusal(process.returncode, stderr, says=says)
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_dry_run_shows_both_models_and_writes_nothing(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no checkpoint is
+    teacher = compose(config).model.arch()
+    student = compose(config).prune.target.shrink(teacher)
+    counts = [f"{billions(arch.num_params())} parameters" for arch in (teacher, student)]
+    for name in RECIPES:
+        assert run_command(recipe(name), ["--config-name", config, "dry_run=true"]) == 0, name
+        printed = capsys.readouterr().out
+        assert all(count in printed for count in counts), f"{name}: {printed}"
+        assert printed.startswith(f"{name} of {config}: dry run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", ["quickstart", "llama31_width"])
+def test_a_dry_run_of_the_pipeline_goes_through_every_step(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_safely(lambda: run_pipeline(config, ["dry_run=true"], config_dir=CONF_DIR)) == 0
+    steps = compose(config).pipeline.steps
+    assert capsys.readouterr().out.count("dry run, nothing is allocated or written") == sum(
+        len(s.models) or 1 for s in steps
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_a_run_would(capsys):
+    overrides = ["dry_run=true", "trainer.devices=16", "parallel.tensor_model_parallel_size=16"]
+    check_refusal(
+        run_command(recipe("distill"), ["--config-name", "llama31_width", *overrides]), capsys.readouterr().err,
+        says="num_query_groups=8",
+    )  # fmt: skip
+
+
+def test_every_recipe_explains_itself(capsys):
+    for name in RECIPES:
+        with pytest.raises(SystemExit) as stop:
+            run_command(recipe(name), ["--help"])
+        assert stop.value.code == 0
+        # The help begins with the recipe's own docstring.
+        docstring = importlib.import_module(f"recipes.{name}").__doc__
+        assert docstring.split()[0] in capsys.readouterr().out
