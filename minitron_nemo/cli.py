@@ -21,7 +21,7 @@ from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo
 from minitron_nemo.checkpoint.record import check_record_target, is_current_record
 from minitron_nemo.config import CONF_DIR, Config, compose
 from minitron_nemo.errors import UserError
-from minitron_nemo.launch import RankFailed, run_on_ranks
+from minitron_nemo.launch import RankError, run_on_ranks
 from minitron_nemo.parallel import Groups, Rank, rank_from_environment, uses_gpu
 from minitron_nemo.preflight import describe
 
@@ -136,7 +136,7 @@ def run_safely(command: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RankFailed as error:
+    except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -151,6 +151,7 @@ def set_up_logging(*, is_main: bool = True) -> None:
     is_main = is_main and (rank is None or rank.rank == 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minitron_nemo").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def execute(recipe: Recipe, config: Config) -> bool:

@@ -13,11 +13,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -370,7 +370,8 @@ def compose(
 ) -> Config:
     """Compose `conf/<config_name>.yaml` with `key=value` overrides into a closed, validated `Config`.
 
-    `recipe` names the section about to run, whose batch sizes must then fit the layout. Raises UserError for an unknown config name, key, type or value.
+    `recipe` names the section about to run, whose batch sizes must then fit the layout. Raises UserError for an
+    unknown config name, key, type or value.
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)

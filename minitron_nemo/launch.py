@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -17,7 +19,7 @@ from minitron_nemo.parallel import Rank, rank_from_environment, stop
 PRELOADED = ["torch", "minitron_nemo.engine.model", "minitron_nemo.engine.optimizer"]
 
 
-class RankFailed(RuntimeError):
+class RankError(RuntimeError):
     """A rank stopped with a defect; its traceback is already on standard error."""
 
 
@@ -26,7 +28,7 @@ def run_on_ranks(body: Callable[..., Any], *arguments: Any, num_ranks: int, gpu:
 
     Under torchrun or srun this process is one rank of a world that exists. Otherwise `num_ranks` processes start on
     this node, and the first that fails stops the others. `body` and `arguments` must be importable or picklable.
-    Raises UserError when a rank raised one, RankFailed when a rank failed otherwise.
+    Raises UserError when a rank raised one, RankError when a rank failed otherwise.
     """
     if (rank := rank_from_environment(dict(os.environ))) is not None:
         result = body(rank, *arguments)
@@ -63,6 +65,7 @@ def _free_port() -> int:
 
 def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: bool, sender: Connection) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if not gpu:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.world_size))
     try:
@@ -75,6 +78,13 @@ def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: boo
     except BaseException:
         sender.send(("failed", f"rank {rank.rank} of {rank.world_size}:\n{traceback.format_exc()}"))
         sys.exit(1)
+
+
+def _end_with(server: int) -> None:
+    """End this rank when the fork server ends, which ends with the command: a killed command leaves no ranks behind."""
+    while os.getppid() == server:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _collect(pipes: list[Connection]) -> Any:
@@ -93,7 +103,7 @@ def _collect(pipes: list[Connection]) -> Any:
                 raise UserError(value)
             if outcome == "failed":
                 print(value, file=sys.stderr)
-                raise RankFailed(value.splitlines()[0])
+                raise RankError(value.splitlines()[0])
             if index == 0:
                 result = value
     return result

@@ -90,11 +90,12 @@ def _training_lines(
     optimizer_shards = data_ranks if parallel.use_distributed_optimizer else 1
     weights = trained.num_params() / model_ranks
     kept = 1 if parallel.recompute_activations else 16  # tensors of [s, b, h] kept by layer, a rule of thumb
+    states = seq * training.micro_batch_size * trained.hidden_size * trained.num_layers
     parts = {
         "weights": 2 * (weights + (teacher.num_params() / model_ranks if student else 0)),
         "gradients": 4 * weights,
         "optimizer": 12 * weights / optimizer_shards,
-        "activations": 2 * kept * seq * training.micro_batch_size * trained.hidden_size * trained.num_layers / model_ranks,
+        "activations": 2 * kept * states / model_ranks,
         "teacher states": 2 * seq * teacher.hidden_size * _states_held(config, training, data_ranks) * bool(student),
         "logits": 12 * config.distill.chunk_tokens * trained.vocab_size / parallel.tensor_model_parallel_size,
     }  # fmt: skip

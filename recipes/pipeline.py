@@ -5,6 +5,7 @@ from its last checkpoint.
 """
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes/ besi
 from minitron_nemo.cli import Recipe, execute, logger, parse_arguments, run_safely, set_up_logging  # noqa: E402
 from minitron_nemo.config import Config, compose  # noqa: E402
 from minitron_nemo.errors import UserError  # noqa: E402
+from minitron_nemo.parallel import rank_from_environment  # noqa: E402
 
 
 def recipe_named(name: str) -> Recipe:
@@ -36,6 +38,12 @@ def steps_of(config: Config) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def run_pipeline(config_name: str, overrides: list[str], *, config_dir: Path) -> None:
+    rank = rank_from_environment(dict(os.environ))
+    if rank is not None and rank.world_size > 1:
+        raise UserError(
+            f"the pipeline starts its own ranks, but {rank.world_size} of it were started: start one, or submit the "
+            "steps as jobs with launch/pipeline.sh"
+        )
     config = compose(config_name, overrides, recipe="pipeline", config_dir=config_dir)
     started = time.monotonic()
     # Every step is composed, and so checked, before the first runs.

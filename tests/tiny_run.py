@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("teacher", "corrected_teacher", "width_pruned", "width_student", "depth_student")
-WORDS = "the model forgets what it was never asked to keep and a smaller one learns what remains of it again".split()
+SENTENCE = "the model forgets what it was never asked to keep and a smaller one learns what remains of it again"
 
 CONFIG = """
 defaults:
@@ -27,8 +27,9 @@ prepare_data:
 data: {{seq_length: 32, split: "80,20,0", blend: {{first: 0.3, second: 0.7}}}}
 import_hf: {{source: "${{run_dir}}/source_hf"}}
 correct_teacher:
-  training: &training {{max_steps: 4, global_batch_size: 4, micro_batch_size: 2, val_check_interval: 2,
-                        limit_val_batches: 1, save_every_n_steps: 2, optim: {{lr: 4.0e-3, min_lr: 4.0e-4, warmup_steps: 2}}}}
+  training: &training
+    {{max_steps: 4, global_batch_size: 4, micro_batch_size: 2, val_check_interval: 2, limit_val_batches: 1,
+     save_every_n_steps: 2, optim: {{lr: 4.0e-3, min_lr: 4.0e-4, warmup_steps: 2}}}}
 estimate_importance: {{num_samples: 4, micro_batch_size: 2}}
 prune:
   target: {{hidden_size: 24, ffn_hidden_size: 48}}
@@ -72,8 +73,12 @@ pipeline:
         - parallel.tensor_model_parallel_size=1
         - parallel.sequence_parallel=false
         - parallel.pipeline_model_parallel_size=2
-    - {{recipe: evaluate, models: "${{report.models}}", overrides: ["evaluate.checkpoint=${{run_dir}}/{{model}}.nemo"]}}
-    - {{recipe: export_hf, models: "${{report.models}}", overrides: ["export_hf.checkpoint=${{run_dir}}/{{model}}.nemo"]}}
+    - recipe: evaluate
+      models: ${{report.models}}
+      overrides: ["evaluate.checkpoint=${{run_dir}}/{{model}}.nemo"]
+    - recipe: export_hf
+      models: ${{report.models}}
+      overrides: ["export_hf.checkpoint=${{run_dir}}/{{model}}.nemo"]
     - {{recipe: report}}
 """
 NUM_STEPS = 12 + 2 * len(MODELS) + 1
@@ -85,7 +90,7 @@ def write_tiny_run(folder: Path) -> tuple[Path, Path]:
     for corpus, suffix in (("first", "txt"), ("second", "jsonl")):
         (folder / "text" / corpus).mkdir(parents=True)
         for number in range(30):
-            words = " ".join(drawn.choices(WORDS, k=80)) + f" {number} of {corpus}."
+            words = " ".join(drawn.choices(SENTENCE.split(), k=80)) + f" {number} of {corpus}."
             line = words if suffix == "txt" else f'{{"text": "{words}"}}\n'
             (folder / "text" / corpus / f"{number:02d}.{suffix}").write_text(line)
     (folder / "conf").mkdir()

@@ -40,6 +40,10 @@ class Skipped:
     empty: int = 0  # documents of white space
     duplicates: int = 0
 
+    def describe(self) -> str:
+        counts = [f"{count} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count]
+        return f"left out: {', '.join(counts)}" if counts else "nothing left out"
+
     def add(self, other: "Skipped") -> None:
         for name, count in asdict(other).items():
             setattr(self, name, getattr(self, name) + count)
@@ -168,7 +172,7 @@ def _line_number(path: Path, offset: int) -> int:
 def corpora_settings(corpora: dict[str, CorpusConfig]) -> dict[str, Any]:
     """What identifies the text of all corpora: each one's settings and the names, sizes and times of its files."""
     if not corpora:
-        raise UserError("prepare_data.corpora is empty: name a corpus, such as '+prepare_data.corpora={text: {input: FOLDER}}'")
+        raise UserError("prepare_data.corpora is empty: give one, such as '+prepare_data.corpora={text: {input: DIR}}'")
     settings = {}
     for name, corpus in sorted(corpora.items()):
         files = [(str(path), *_size_and_time(path)) for path in list_files(corpus, name=name)]

@@ -89,7 +89,7 @@ def prepare_corpus(
     shutil.rmtree(folder)
     if work and not any(work.iterdir()):
         work.rmdir()
-    logger.info("%s: %d documents, %d tokens, skipped %s", name, facts.documents, facts.tokens, asdict(facts.skipped))
+    logger.info(f"{name}: {facts.documents} documents, {facts.tokens / 1e6:.2f} M tokens; {facts.skipped.describe()}")
     return facts
 
 

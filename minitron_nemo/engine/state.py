@@ -1,4 +1,4 @@
-"""Training checkpoints: model, optimizer, schedule and data position, so that a resumed run equals an uninterrupted one.
+"""Training checkpoints: model, optimizer, schedule and position, so that a resumed run equals an uninterrupted one.
 
 `checkpoints/<name>/step_XXXXXXXX/` is published by one rename. Model weights are a torch_dist folder of any layout;
 the optimizer's state is one safetensors file per rank, so a run resumes under the layout it was stopped in.

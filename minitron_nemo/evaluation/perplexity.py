@@ -7,6 +7,7 @@ import torch
 
 from minitron_nemo.engine.model import HeadlessGPT
 from minitron_nemo.engine.schedule import Objective, run_batch
+from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import Groups
 from minitron_nemo.progress import progress
 from minitron_nemo.train import GetBatch
@@ -43,9 +44,11 @@ def evaluate(
             sums += run_batch(model, [batch(first, micro_batch_size)], objective, groups=groups, train=False)
             bar.advance(micro_batch_size * groups.dp_size)
     tokens, kl, lm, agreement = sums.tolist()
+    if not math.isfinite(kl + lm):
+        raise UserError(f"the held-out loss is not finite (cross-entropy {lm}, KL {kl}): the model has diverged")
     return Evaluation(
         validation_loss=lm / tokens,
-        perplexity=math.exp(lm / tokens),
+        perplexity=math.exp(min(lm / tokens, 700.0)),
         forward_kl=kl / tokens,
         top1_agreement=agreement / tokens,
         held_out_tokens=int(tokens),

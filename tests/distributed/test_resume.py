@@ -9,12 +9,14 @@ import pytest
 from layouts import ORIGIN, assert_same_weights, load_model, samples
 
 from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.config import OptimConfig, TrainingConfig
+from minitron_nemo.config import Config, OptimConfig, TrainingConfig
 from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.engine.model import Engine
 from minitron_nemo.engine.optimizer import prepare_training
 from minitron_nemo.engine.state import CheckpointFolder, save_model
 from minitron_nemo.errors import UserError
 from minitron_nemo.objectives import LanguageModelObjective
+from minitron_nemo.runs import layout_of
 from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, random_nemo, run_layout
 from minitron_nemo.train import TrainingRun, train
 
@@ -43,6 +45,11 @@ def run_training(groups, path, folder, *, stop_in=None):
     arch = source.arch
     training = prepare_training(load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, distributed=True)
 
+    checkpoints = CheckpointFolder(
+        folder / "checkpoints", "same run", arch, groups,
+        layout=layout_of(Config(), Engine(groups=groups)), keep=CONFIG.save_top_k,
+    )  # fmt: skip
+
     def train_batch(first, count):
         if stop_in is not None and first >= (stop_in - 1) * CONFIG.global_batch_size:
             raise PowerCutError
@@ -50,8 +57,7 @@ def run_training(groups, path, folder, *, stop_in=None):
 
     run = TrainingRun(
         name="model", training=training, config=CONFIG, groups=groups,
-        checkpoints=CheckpointFolder(folder / "checkpoints", "same run", arch, groups, keep=CONFIG.save_top_k),
-        logs=folder / "logs", train_batch=train_batch,
+        checkpoints=checkpoints, logs=folder / "logs", train_batch=train_batch,
         valid_batch=lambda first, count: samples(arch, first=9000 + first, count=count, seq_length=SEQ_LENGTH),
         seq_length=SEQ_LENGTH, flops_per_token=1.0, log_every_n_steps=1,
     )  # fmt: skip
@@ -128,5 +134,5 @@ def test_resuming_under_another_layout_is_refused_in_one_line(model, tmp_path):
     with pytest.raises(UserError, match="resume under that layout") as refusal:
         run_layout(run_training, ALONE, model, folder)
     assert "\n" not in str(refusal.value)
-    assert "dp2" in str(refusal.value)
+    assert "data 2" in str(refusal.value)
     assert not (folder / "trained.nemo").exists()

@@ -1,0 +1,56 @@
+"""pytest tests/gpu: what runs on the CPU gives the same on a GPU. Skipped, with the reason, where there is none."""
+
+import pytest
+import torch
+
+from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.launch import run_on_ranks
+from minitron_nemo.testing import TINY, random_batch, random_nemo
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def final_hidden(rank, path, gpu):
+    """Final hidden states [s, b, h] of a checkpoint on one rank, in float32."""
+    from minitron_nemo.engine.layout import form_groups
+    from minitron_nemo.engine.model import Engine, build_model
+    from minitron_nemo.engine.schedule import forward_hidden
+    from minitron_nemo.engine.weights import load_weights
+
+    groups = form_groups(rank, tp=1, pp=1, gpu=gpu)
+    source = open_nemo(path)
+    model = build_model(source.arch, Engine(groups=groups)).eval()
+    load_weights(model, source, groups)
+    tokens = random_batch(source.arch, samples=2)["tokens"].to(groups.device)
+    return forward_hidden(model, [{"tokens": tokens}])[0].cpu().tolist()
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_hidden_states_on_gpu_equal_those_on_cpu(family, tmp_path):
+    random_nemo(tmp_path / "m.nemo", TINY[family])
+    cpu, gpu = (
+        torch.tensor(run_on_ranks(final_hidden, tmp_path / "m.nemo", on_gpu, num_ranks=1, gpu=on_gpu))
+        for on_gpu in (False, True)
+    )
+    torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_loss_on_gpu_equals_that_on_cpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ([torch.randn(n, 64, generator=generator).to(dtype) / 4 for n in (50, 999)] for _ in range(2))
+    labels, mask = torch.arange(50), torch.ones(50)
+    results = []
+    for device in ("cpu", "cuda"):
+        x, w = (tensor.to(device).requires_grad_() for tensor in student)
+        head = HeadLoss(vocab_size=999, chunk_tokens=16)
+        loss, _ = head((x, w), tuple(t.to(device) for t in teacher), labels_N=labels.to(device), mask_N=mask.to(device))
+        loss.backward()
+        results.append((loss.cpu(), x.grad.cpu().float(), w.grad.cpu().float()))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
