@@ -27,7 +27,8 @@ def run_on_ranks(body: Callable[..., Any], *arguments: Any, num_ranks: int, gpu:
     """Call `body(rank, *arguments)` on every rank; returns rank 0's result.
 
     Under torchrun or srun this process is one rank of a world that exists. Otherwise `num_ranks` processes start on
-    this node, and the first that fails stops the others. `body` and `arguments` must be importable or picklable.
+    this node, and the first that fails stops the others. `body` and `arguments` must be importable or picklable, and
+    the result no tensor: its memory may be gone with the rank before it is read (a numpy array or plain values are fine).
     Raises UserError when a rank raised one, RankError when a rank failed otherwise.
     """
     if (rank := rank_from_environment(dict(os.environ))) is not None:

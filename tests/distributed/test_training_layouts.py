@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import ORIGIN, load_model, share_of_batch, weights_of
+from layouts import ORIGIN, load_model, logits_of, share_of_batch, weights_of
+from torch.nn import functional
 
 from minitron_nemo.checkpoint.nemo import open_nemo
 from minitron_nemo.config import OptimConfig
@@ -18,7 +19,7 @@ from minitron_nemo.engine.schedule import run_batch
 from minitron_nemo.engine.state import save_model
 from minitron_nemo.objectives import DistillationObjective, LanguageModelObjective
 from minitron_nemo.parallel import Groups
-from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, MISTRAL, NEMOTRON, random_nemo, run_layout
+from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, MISTRAL, NEMOTRON, random_batch, random_nemo, run_layout
 
 STEPS, GLOBAL_BATCH, SEQ_LENGTH = 20, 2, 8
 # A student of three layers never divides over two stages; its teacher is deeper, wider and split the other way round.
@@ -100,6 +101,13 @@ def differentiate_all(groups: Groups, models: dict[str, Path], folder: Path) -> 
         save(groups, training, arch, folder / f"{name}.nemo")
 
 
+def sums_and_logits(groups: Groups, models: dict[str, Path], batch: dict[str, torch.Tensor]) -> tuple:
+    """The sums of one micro-batch of several samples, and the logits of student and teacher for it."""
+    training, objective = start(groups, Run("llama", "teacher", False), models)
+    sums = run_batch(training.model, [batch], objective, groups=groups, train=False)
+    return sums.tolist(), *logits_of(groups, [models["llama"], models["teacher"]], batch["tokens"])
+
+
 def save(groups, training, arch, path) -> None:
     save_model(path, training.model, arch, groups, tokenizer=path.parent / "no_tokenizer", tokens=0, origin=ORIGIN)
 
@@ -154,6 +162,23 @@ def test_every_gradient_is_the_same_in_every_layout(layout, models, alone, tmp_p
             scale = float(gradient.abs().max())
             torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-5 * scale,
                                        msg=lambda text, key=key, name=name: f"{name} {key}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2_sp"])
+def test_each_token_is_compared_with_its_own_label_and_its_own_teacher(layout, models):
+    """A micro-batch of several samples, where [sequence, batch] and [batch, sequence] are not the same order."""
+    batch = random_batch(ARCHS["llama"], samples=3, seq_length=SEQ_LENGTH)
+    sums, student, teacher = run_layout(sums_and_logits, {"alone": ALONE, **LAYOUTS}[layout], models, batch)
+    student, teacher = (torch.from_numpy(logits).double().flatten(0, 1) for logits in (student, teacher))
+    mask = batch["loss_mask"].double().flatten()
+    log_p, log_q = (functional.log_softmax(logits / 2.0, dim=1) for logits in (teacher, student))
+    wanted = [
+        mask.sum(),
+        mask @ (log_p.exp() * (log_p - log_q)).sum(dim=1),
+        mask @ functional.cross_entropy(student, batch["labels"].flatten(), reduction="none"),
+        mask @ (student.argmax(dim=1) == teacher.argmax(dim=1)).double(),
+    ]
+    torch.testing.assert_close(torch.tensor(sums, dtype=torch.float64), torch.stack(wanted), rtol=1e-5, atol=1e-6)
 
 
 def test_training_learns(alone):
