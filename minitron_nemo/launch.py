@@ -16,7 +16,7 @@ import torch
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import Rank, rank_from_environment, stop
 
-PRELOADED = ["torch", "minitron_nemo.engine.model", "minitron_nemo.engine.optimizer"]
+PRELOADED = ["torch", "minitron_nemo.runs", "minitron_nemo.importance.listen", "minitron_nemo.evaluation.perplexity"]
 
 
 class RankError(RuntimeError):
@@ -28,7 +28,7 @@ def run_on_ranks(body: Callable[..., Any], *arguments: Any, num_ranks: int, gpu:
 
     Under torchrun or srun this process is one rank of a world that exists. Otherwise `num_ranks` processes start on
     this node, and the first that fails stops the others. `body` and `arguments` must be importable or picklable, and
-    the result no tensor: its memory may be gone with the rank before it is read (a numpy array or plain values are fine).
+    the result no tensor: its memory may be gone with the rank before it is read (a numpy array is fine).
     Raises UserError when a rank raised one, RankError when a rank failed otherwise.
     """
     if (rank := rank_from_environment(dict(os.environ))) is not None:

@@ -9,7 +9,7 @@ import torch
 
 from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo
 from minitron_nemo.cli import Job
-from minitron_nemo.config import Config, Precision, TrainingConfig
+from minitron_nemo.config import Config, CorrectTeacherConfig, DistillConfig, Precision
 from minitron_nemo.data.blend import batch, build_datasets
 from minitron_nemo.data.corpus_files import check_corpus, content_fingerprint, find_corpus
 from minitron_nemo.data.tokenizer import load_tokenizer
@@ -21,6 +21,8 @@ from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.errors import UserError
 from minitron_nemo.parallel import Groups, check_divides, stage_layers
 from minitron_nemo.train import GetBatch, TrainingRun, logger, train
+
+TrainingSection = CorrectTeacherConfig | DistillConfig
 
 
 def engine_of(config: Config, groups: Groups, *, layers: list[int] | None = None) -> Engine:
@@ -110,7 +112,7 @@ def batches_on(device: torch.device, dataset: Any) -> GetBatch:
 
 def training_job(
     config: Config,
-    section: Any,
+    section: TrainingSection,
     *,
     model: NemoFolder,
     layers: list[int] | None,
@@ -123,7 +125,7 @@ def training_job(
     for name in ("micro_batch_size", "save_every_n_steps", "save_top_k", "val_check_interval", "limit_val_batches"):
         values.pop(name)  # they change how a run goes, not what it makes
     return Job(
-        output=Path(section.output),
+        output=Path(str(section.output)),
         kind="model",
         settings={"training": values, "data": check_data(config, section.blend, model), **(settings or {})},
         parents=parents,
@@ -135,15 +137,13 @@ def train_model(
     job: Job,
     groups: Groups,
     *,
-    checkpoint: str,
+    section: TrainingSection,
     layers: list[int] | None,
-    training: TrainingConfig,
-    blend: dict[str, float] | None,
     objective: Callable[[Engine], Objective],
     teacher_flops_per_token: float = 0.0,
 ) -> None:
-    """Load a checkpoint, train it with the objective and publish the result as the job's `.nemo`."""
-    source = open_nemo(checkpoint)
+    """Load the section's checkpoint, train it with the objective and publish the result as the job's `.nemo`."""
+    source, training = open_nemo(str(section.checkpoint)), section.training
     engine = engine_of(config, groups, layers=layers)
     logger.info(engine_choice(groups.device, engine.dtype))
     model = build_model(source.arch, engine)
@@ -152,7 +152,7 @@ def train_model(
         config.data,
         num_train=training.max_steps * training.global_batch_size,
         num_valid=max(1, training.limit_val_batches) * training.global_batch_size,
-        **data_arguments(config, blend, source),
+        **data_arguments(config, section.blend, source),
     )
     name = job.output.name.removesuffix(".nemo")
     run = TrainingRun(

@@ -47,45 +47,47 @@ def train(run: TrainingRun, objective: Objective) -> Position:
     position = run.checkpoints.resume(run.training)
     metrics = MetricsWriter(run.logs, resumed_step=position.step, enabled=groups.is_main)
     tokens_per_step = config.global_batch_size * run.seq_length
-    total_tokens = config.max_steps * tokens_per_step
-    done = position.step * tokens_per_step
-    with progress(total_tokens, run.name, unit="token", done=done, enabled=groups.is_main) as bar:
-        started = time.monotonic()
-        since = position.step
+    total, done = config.max_steps * tokens_per_step, position.step * tokens_per_step
+    seconds: list[float] = []  # of the steps since the last record
+    with progress(total, run.name, unit="token", done=done, enabled=groups.is_main) as bar:
         while position.step < config.max_steps:
-            batches = _micro_batches(run, run.train_batch, position.consumed_samples)
-            run.training.zero_gradients()
-            learning_rate = run.training.learning_rate
-            sums = run_batch(run.training.model, batches, objective, groups=groups, train=True)
-            _refuse_non_finite(sums.tolist(), position, run.logs)
-            grad_norm = run.training.step()
-            _refuse_non_finite([grad_norm], position, run.logs)
-            position.step += 1
-            position.consumed_samples += config.global_batch_size
-            position.consumed_tokens += int(sums[0])
-            record = _losses(sums, objective)
+            started = time.monotonic()
+            record = train_step(run, objective, position)
+            seconds.append(time.monotonic() - started)
             bar.advance(tokens_per_step, loss=record["loss"])
             is_last = position.step == config.max_steps
-            if position.step % run.log_every_n_steps == 0 or is_last:
-                seconds = time.monotonic() - started
-                record |= dict(learning_rate=learning_rate, grad_norm=grad_norm)
-                record |= dict(consumed_tokens=position.consumed_tokens)
-                record |= _speed((position.step - since) * tokens_per_step / seconds, run)
-                metrics.write(step=position.step, **record)
-                started, since = time.monotonic(), position.step
-            if config.val_check_interval and (position.step % config.val_check_interval == 0 or is_last):
-                valid = validate(run, objective)
-                metrics.write(
-                    step=position.step,
-                    consumed_tokens=position.consumed_tokens,
-                    **{f"val_{name}": value for name, value in valid.items()},
-                )
-                started, since = time.monotonic(), position.step
-            if config.save_every_n_steps and position.step % config.save_every_n_steps == 0 and not is_last:
+            if is_last or _is_due(position.step, run.log_every_n_steps):
+                speed = _speed(len(seconds) * tokens_per_step / sum(seconds), run)
+                metrics.write(step=position.step, **record, **speed)
+                seconds.clear()
+            if config.val_check_interval and (is_last or _is_due(position.step, config.val_check_interval)):
+                losses = {f"val_{name}": value for name, value in validate(run, objective).items()}
+                metrics.write(step=position.step, consumed_tokens=position.consumed_tokens, **losses)
+            if _is_due(position.step, config.save_every_n_steps) and not is_last:
                 run.checkpoints.save(run.training, position)
-                started, since = time.monotonic(), position.step
     metrics.close()
     return position
+
+
+def train_step(run: TrainingRun, objective: Objective, position: Position) -> dict[str, float]:
+    """One global batch: forward, backward, clip, step. Moves `position` on and returns the record of the step."""
+    batches = _micro_batches(run, run.train_batch, position.consumed_samples)
+    learning_rate = run.training.learning_rate
+    run.training.zero_gradients()
+    sums = run_batch(run.training.model, batches, objective, groups=run.groups, train=True)
+    _refuse_non_finite(sums.tolist(), position, run.logs)
+    grad_norm = run.training.step()
+    _refuse_non_finite([grad_norm], position, run.logs)
+    position.step += 1
+    position.consumed_samples += run.config.global_batch_size
+    position.consumed_tokens += int(sums[0])
+    state = dict(learning_rate=learning_rate, grad_norm=grad_norm, consumed_tokens=position.consumed_tokens)
+    return _losses(sums, objective) | state
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """Every `interval` steps; never when it is 0."""
+    return interval > 0 and step % interval == 0
 
 
 def validate(run: TrainingRun, objective: Objective) -> dict[str, float]:

@@ -33,10 +33,8 @@ def run(config: Config, job: Job, groups: Groups) -> None:
         config,
         job,
         groups,
-        checkpoint=str(section.checkpoint),
+        section=section,
         layers=config.parallel.teacher_stage_layers,
-        training=section.training,
-        blend=section.blend,
         objective=lambda engine: LanguageModelObjective(head),
     )
 

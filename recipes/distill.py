@@ -46,10 +46,8 @@ def run(config: Config, job: Job, groups: Groups) -> None:
         config,
         job,
         groups,
-        checkpoint=str(section.checkpoint),
+        section=section,
         layers=config.parallel.student_stage_layers,
-        training=section.training,
-        blend=section.blend,
         objective=objective,
         teacher_flops_per_token=teacher.arch.flops_per_token(config.data.seq_length),
     )

@@ -6,6 +6,8 @@ from minitron_nemo.checkpoint.hf import KIND, export_hf
 from minitron_nemo.checkpoint.nemo import open_nemo
 from minitron_nemo.cli import Job, Recipe, main, open_verified
 from minitron_nemo.config import Config
+from minitron_nemo.parameters import logical_tensors
+from minitron_nemo.progress import progress
 
 
 def prepare(config: Config) -> Job:
@@ -14,7 +16,9 @@ def prepare(config: Config) -> Job:
 
 
 def run(config: Config, job: Job) -> None:
-    export_hf(open_nemo(config.export_hf.checkpoint), job.output, **job.origin)
+    model = open_nemo(str(config.export_hf.checkpoint))
+    with progress(len(logical_tensors(model.arch)), "export", unit="tensor") as bar:
+        export_hf(model, job.output, progress=lambda done, total: bar.advance(), **job.origin)
 
 
 RECIPE = Recipe("export_hf", prepare, run)

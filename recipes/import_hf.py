@@ -7,6 +7,8 @@ from minitron_nemo.checkpoint.manifest import file_sha256
 from minitron_nemo.cli import Job, Recipe, logger, main
 from minitron_nemo.config import Config
 from minitron_nemo.errors import UserError
+from minitron_nemo.parameters import logical_tensors
+from minitron_nemo.progress import progress
 
 
 def prepare(config: Config) -> Job:
@@ -24,7 +26,9 @@ def prepare(config: Config) -> Job:
 
 
 def run(config: Config, job: Job) -> None:
-    import_hf(resolve_source(str(config.import_hf.source)), job.output, **job.origin)
+    folder = resolve_source(str(config.import_hf.source))
+    with progress(len(logical_tensors(arch_from_hf(folder))), "import", unit="tensor") as bar:
+        import_hf(folder, job.output, progress=lambda done, total: bar.advance(), **job.origin)
 
 
 RECIPE = Recipe("import_hf", prepare, run)

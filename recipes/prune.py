@@ -11,6 +11,7 @@ from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
 from minitron_nemo.cli import Job, Recipe, logger, main, open_verified
 from minitron_nemo.config import Config
 from minitron_nemo.importance.scores import read_scores
+from minitron_nemo.parameters import logical_tensors
 from minitron_nemo.progress import progress
 from minitron_nemo.pruning.apply import pruned_tensors
 from minitron_nemo.pruning.plan import PruningPlan, make_plan, read_plan
@@ -43,14 +44,14 @@ def run(config: Config, job: Job) -> None:
     source, plan = open_nemo(config.prune.checkpoint), plan_of(config)
     before, after = source.arch.num_params(), plan.target.num_params()
     logger.info(f"prune: {billions(before)} -> {billions(after)} parameters ({after / before:.1%}); {plan.describe()}")
-    with progress(len(plan.layers), "prune", unit="layer") as bar:
+    with progress(len(logical_tensors(plan.target)), "prune", unit="tensor") as bar:
         write_nemo(
             job.output,
             plan.target,
             tensors=pruned_tensors(source.read, plan),
             tokenizer=source.tokenizer,
             dtype=source.dtype,
-            progress=lambda done, total: bar.advance(len(plan.layers) / total),
+            progress=lambda done, total: bar.advance(),
             files={"plan.json": plan.to_json().encode()},
             **job.origin,
         )
