@@ -1,5 +1,6 @@
 """Structured pruning and logit distillation of language models (Minitron) on Megatron-Core."""
 
+import logging
 import warnings
 
 __version__ = "0.1.0"
@@ -10,3 +11,5 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+# A CUDA build of torch on a machine without a GPU (a login node, say) is no news either.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minitron_nemo.checkpoint.manifest import check_target, fingerprint_of, is_current, manifest_sha256
 from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo
@@ -116,9 +116,17 @@ def run_command(recipe: Recipe, arguments: list[str]) -> int:
     return run_safely(command)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses like everything else here: one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; {self.prog} --help tells more", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse_arguments(name: str, *, description: str, arguments: list[str]) -> argparse.Namespace:
     """`--config-name`, `--config-dir` and the `key=value` overrides of a recipe's command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"recipes/{name}.py",
         description=description.strip(),
         epilog=f"Settings are in the section `{name}` of the config; docs/configuration.md explains them.",

@@ -34,6 +34,11 @@ def prepare(config: Config) -> Job:
     section = config.prune
     model, plan = open_verified(section.checkpoint), plan_of(config)
     plan.check_source(model.arch, name=f"importance {section.importance}")
+    if plan.target.family == "llama" and plan.target.hidden_size % plan.target.num_attention_heads:
+        logger.warning(
+            f"prune: hidden_size={plan.target.hidden_size} is no multiple of num_attention_heads="
+            f"{plan.target.num_attention_heads}: transformers 5 will not open an export of this Llama"
+        )
     parents = {"model": model.path}
     if section.plan is None:
         parents["importance"] = Path(str(section.importance))
