@@ -68,7 +68,9 @@ def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: boo
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if not gpu:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.world_size))
+        torch.set_num_threads(max(1, _cores() // rank.world_size))
+        if sys.platform == "linux":  # these ranks are neighbors: no need for the machine's name to resolve
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         sender.send(("done", body(rank, *arguments)))
         stop()
@@ -79,6 +81,11 @@ def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: boo
     except BaseException:
         sender.send(("failed", f"rank {rank.rank} of {rank.world_size}:\n{traceback.format_exc()}"))
         sys.exit(1)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with(server: int) -> None:
