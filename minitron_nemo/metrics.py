@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step] if resumed_step else []
+        if not resumed_step:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
 

@@ -7,7 +7,6 @@ Nothing random needs storing: dropout is off and sample i of the data depends on
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ class CheckpointFolder:
                 overwrite=True,
                 hashes={f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()},
             )
-            for old in self._steps()[: -self.keep]:
+            for old in self.steps()[: -self.keep]:
                 shutil.rmtree(old)
         self.groups.barrier()
 
@@ -97,21 +96,32 @@ class CheckpointFolder:
         logger.info(f"resumed from {folder}")
         return Position(**manifest.extra["position"])
 
-    def _steps(self) -> list[Path]:
-        return sorted(path for path in self.path.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+    def steps(self) -> list[Path]:
+        """The checkpoints of this run, oldest first. Those of another configuration are left alone."""
+        return [folder for folder in self._all_steps() if _fingerprint(folder) == self.fingerprint]
+
+    def _all_steps(self) -> list[Path]:
+        return sorted(self.path.glob("step_" + "[0-9]" * 8))
 
     def _newest(self) -> str | None:
-        """The newest checkpoint of this run whose every file has the right hash; damaged ones are named and skipped."""
-        for folder in reversed(self._steps()):
+        """The newest checkpoint whose every file has the right hash; what is passed over is named."""
+        own = self.steps()
+        if others := [folder.name for folder in self._all_steps() if folder not in own]:
+            logger.warning(f"{self.path}: {', '.join(others)} of another configuration: neither resumed nor removed")
+        for folder in reversed(own):
             try:
-                manifest = artefact.read_manifest(folder, kind=KIND)
-                if manifest.fingerprint != self.fingerprint:
-                    logger.warning(f"{folder} belongs to another configuration; it is not resumed")
-                    continue
-                artefact.verify_files(folder, manifest)
+                artefact.verify_files(folder, artefact.read_manifest(folder, kind=KIND))
                 return str(folder)
             except UserError as error:
                 logger.warning(f"{error}; trying an older checkpoint")
+        return None
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Whose checkpoint it is; None when that cannot be read."""
+    try:
+        return artefact.read_manifest(folder, kind=KIND).fingerprint
+    except UserError:
         return None
 
 
