@@ -93,7 +93,7 @@ class Groups:
         dist.all_gather(parts, padded)
         return [json.loads(bytes(part[: int(size)].cpu().tolist())) for part, size in zip(parts, sizes, strict=True)]
 
-    def sum_over_world_of_data(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_data_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Per-rank sums held on the last stage, summed over data-parallel ranks and known on every stage."""
         if self.dp is not None:
             dist.all_reduce(values, group=self.dp)

@@ -58,7 +58,7 @@ def run_batch(model: Any, batches: list[Batch], objective: Objective, *, groups:
     sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         sums += torch.stack(records).sum(dim=0)
-    return groups.sum_over_world_of_data(sums)
+    return groups.sum_over_data_ranks(sums)
 
 
 def forward_hidden(model: Any, batches: list[Batch]) -> list[Tensor]:
