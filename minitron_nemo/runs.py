@@ -58,6 +58,17 @@ def check_model(config: Config, name: str, model: NemoFolder, *, layers: list[in
         )
 
 
+def check_samples(config: Config, name: str, *, num_samples: int, micro_batch_size: int) -> None:
+    """Refuse a number of samples that does not divide over micro-batches and ranks: none is left out in silence."""
+    parallel, trainer = config.parallel, config.trainer
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    step = micro_batch_size * (trainer.devices * trainer.num_nodes // model_ranks)
+    if num_samples % step:
+        raise UserError(
+            f"{name}.num_samples={num_samples}: must be a multiple of micro_batch_size x data-parallel ranks = {step}"
+        )
+
+
 def require_same_tokenizer(student: NemoFolder, teacher: NemoFolder) -> None:
     """Refuse two models whose token ids mean different things."""
     if student.arch.vocab_size != teacher.arch.vocab_size:
@@ -127,7 +138,12 @@ def training_job(
     return Job(
         output=Path(str(section.output)),
         kind="model",
-        settings={"training": values, "data": check_data(config, section.blend, model), **(settings or {})},
+        settings={
+            "training": values,
+            "precision": config.trainer.precision.value,
+            "data": check_data(config, section.blend, model),
+            **(settings or {}),
+        },
         parents=parents,
     )
 

@@ -10,26 +10,20 @@ from minitron_nemo.data.calibration import calibration_set
 from minitron_nemo.engine.model import build_model
 from minitron_nemo.engine.schedule import forward_hidden
 from minitron_nemo.engine.weights import load_weights
-from minitron_nemo.errors import UserError
 from minitron_nemo.importance.accumulators import RankGroups
 from minitron_nemo.importance.listen import listening
 from minitron_nemo.parallel import Groups
 from minitron_nemo.progress import progress
-from minitron_nemo.runs import check_data, check_model, data_arguments, engine_of
+from minitron_nemo.runs import check_data, check_model, check_samples, data_arguments, engine_of
 
 
 def prepare(config: Config) -> Job:
     section = config.estimate_importance
     model = open_verified(section.checkpoint)
     check_model(config, "model", model, layers=config.parallel.teacher_stage_layers)
-    parallel, trainer = config.parallel, config.trainer
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    step = section.micro_batch_size * trainer.devices * trainer.num_nodes // model_ranks
-    if section.num_samples % step:
-        raise UserError(
-            f"estimate_importance.num_samples={section.num_samples}: must be a multiple of micro_batch_size x "
-            f"data-parallel ranks = {step}, so that no sample is left out"
-        )
+    check_samples(
+        config, "estimate_importance", num_samples=section.num_samples, micro_batch_size=section.micro_batch_size
+    )
     settings = dict(
         num_samples=section.num_samples,
         sequence_aggregation=section.sequence_aggregation.value,

@@ -12,26 +12,27 @@ from minitron_nemo.distillation.head import HeadLoss
 from minitron_nemo.distillation.teacher import Teacher
 from minitron_nemo.engine.model import build_model
 from minitron_nemo.engine.weights import load_weights
-from minitron_nemo.errors import UserError
 from minitron_nemo.evaluation.perplexity import evaluate
 from minitron_nemo.objectives import DistillationObjective
 from minitron_nemo.parallel import Groups
-from minitron_nemo.runs import batches_on, check_data, check_model, data_arguments, engine_of, require_same_tokenizer
+from minitron_nemo.runs import (
+    batches_on,
+    check_data,
+    check_model,
+    check_samples,
+    data_arguments,
+    engine_of,
+    require_same_tokenizer,
+)
 
 
 def prepare(config: Config) -> Job:
-    section, parallel = config.evaluate, config.parallel
+    section = config.evaluate
     model, reference = open_verified(section.checkpoint), open_verified(section.reference)
     require_same_tokenizer(model, reference)
     check_model(config, "model", model)
     check_model(config, "reference", reference)
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    step = section.micro_batch_size * config.trainer.devices * config.trainer.num_nodes // model_ranks
-    if section.num_samples % step:
-        raise UserError(
-            f"evaluate.num_samples={section.num_samples}: must be a multiple of micro_batch_size x "
-            f"data-parallel ranks = {step}"
-        )
+    check_samples(config, "evaluate", num_samples=section.num_samples, micro_batch_size=section.micro_batch_size)
     settings = dict(num_samples=section.num_samples, data=check_data(config, section.blend, model))
     parents = {"model": model.path, "reference": reference.path}
     return Job(Path(str(section.output)), "evaluation", settings, parents, is_record=True)

@@ -6,7 +6,7 @@ Runs in one process without a GPU on a checkpoint of any layout, a few tensors a
 from pathlib import Path
 
 from minitron_nemo.arch import billions
-from minitron_nemo.checkpoint.manifest import fingerprint_of
+from minitron_nemo.checkpoint.manifest import fingerprint_of, read_manifest
 from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
 from minitron_nemo.cli import Job, Recipe, logger, main, open_verified
 from minitron_nemo.config import Config
@@ -26,6 +26,7 @@ def plan_of(config: Config) -> PruningPlan:
         plan.check_source(arch, name=section.plan)
         return plan
     target = section.target.shrink(arch)
+    read_manifest(str(section.importance), kind="importance")
     scores = read_scores(str(section.importance))
     return make_plan(scores, target, drop_layers=section.target.drop_layers)
 

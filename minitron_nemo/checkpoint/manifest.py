@@ -69,7 +69,7 @@ def read_manifest(folder: str | Path, *, kind: str | None) -> Manifest:
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         reason = f"no {MANIFEST_FILE}" if Path(folder).is_dir() else "no such folder"
-        what = f"a {kind} artefact" if kind else "an artefact"
+        what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
