@@ -21,10 +21,11 @@ quickstart: .venv/.installed ## the whole chain on this machine's CPU; run again
 test: .venv/.installed ## every test that needs no GPU
 	@.venv/bin/python -m pytest -q
 
-check: .venv/.installed ## linter, formatter and type checker
+check: .venv/.installed ## linter, formatter, type checker and the rules of the repository
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+	@.venv/bin/python -m pytest -q tests/test_repository.py
 
 format: .venv/.installed ## rewrite files the way `make check` wants them
 	@.venv/bin/ruff check --fix .

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.losses.lm_head import HeadLoss
 
 Pair = tuple[Tensor, Tensor]
 
@@ -36,7 +36,7 @@ def chunked(chunk_tokens: int) -> Callable[[Pair, Pair], Tensor]:
         tokens, vocab = student[0].shape[0], student[1].shape[0]
         labels = torch.zeros(tokens, dtype=torch.long, device=student[0].device)
         head = HeadLoss(vocab_size=vocab, chunk_tokens=chunk_tokens)
-        return head(student, teacher, labels_N=labels, mask_N=torch.ones_like(labels).float())[0]
+        return head(student, teacher, labels_N=labels, mask_N=torch.ones_like(labels).float()).total
 
     return loss
 

@@ -1,9 +1,57 @@
-"""Structured pruning and logit distillation of language models (Minitron) on Megatron-Core."""
+"""Structured pruning and logit distillation of language models (Minitron) on Megatron-Core.
 
+The names below are the package's public face; docs/api.md shows them at work. Each is imported when it is first used,
+so that `import minitron_nemo` costs nothing.
+"""
+
+import importlib
 import logging
 import warnings
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from minitron_nemo.checkpoint.formats.hf import export_hf, import_hf, open_hf
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo
+    from minitron_nemo.config.compose import compose
+    from minitron_nemo.errors import UserError
+    from minitron_nemo.importance.hooks import listening
+    from minitron_nemo.importance.scores import read_scores
+    from minitron_nemo.losses.lm_head import HeadLoss
+    from minitron_nemo.pruning.make_plan import make_plan
+    from minitron_nemo.pruning.plan import read_plan
+    from minitron_nemo.shape.arch import ModelArch
+    from minitron_nemo.shape.axes import shrink
+    from minitron_nemo.steps.prune import prune
+
+_PUBLIC = {
+    "HeadLoss": "losses.lm_head",
+    "ModelArch": "shape.arch",
+    "UserError": "errors",
+    "compose": "config.compose",
+    "export_hf": "checkpoint.formats.hf",
+    "import_hf": "checkpoint.formats.hf",
+    "listening": "importance.hooks",
+    "make_plan": "pruning.make_plan",
+    "open_hf": "checkpoint.formats.hf",
+    "open_nemo": "checkpoint.formats.nemo",
+    "prune": "steps.prune",
+    "read_plan": "pruning.plan",
+    "read_scores": "importance.scores",
+    "shrink": "shape.axes",
+}
+__all__ = [
+    "HeadLoss", "ModelArch", "UserError", "compose", "export_hf", "import_hf", "listening", "make_plan", "open_hf",
+    "open_nemo", "prune", "read_plan", "read_scores", "shrink",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
 
 # Notices of kernels that are absent here (the engine says it in one line) and of names that torch and Megatron are
 # about to change between themselves: nothing in them is for the user of a recipe. They come at import, so they are

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""What stops a command: bad input, which the user is meant to read, or a rank that failed."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Entry points print it as `error: ...` and exit with code 2. Anything else is a defect of ours and
     keeps its traceback.
     """
+
+
+class RankError(RuntimeError):
+    """A rank stopped with a defect; its traceback is already on standard error."""

@@ -1,11 +1,14 @@
-"""One way to show how far a long loop is: a bar on a terminal, plain log lines anywhere else."""
+"""What people see of a run: log lines, and one way to show how far a long loop is.
+
+A bar on a terminal, plain log lines anywhere else.
+"""
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -14,6 +17,14 @@ from rich.text import Text
 logger = logging.getLogger(__name__)
 
 Fact = float | int | str
+Item = TypeVar("Item")
+
+
+def set_up_logging(*, is_main: bool) -> None:
+    """Our lines on standard error, from one process; of the libraries, warnings only."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("minitron_nemo").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 class ProgressReporter(Protocol):
@@ -174,3 +185,11 @@ def _rate(value: float) -> str:
 
 def _facts(facts: dict[str, Fact]) -> str:
     return " ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in facts.items())
+
+
+def watched(items: Iterable[Item], total: int, label: str, *, unit: str) -> Iterator[Item]:
+    """The same items, each counted as done when the next is asked for."""
+    with progress(total, label, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_nemo.arch import ModelArch, RopeScaling
-from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo, write_nemo
-from minitron_nemo.checkpoint.random_init import random_tensor
-from minitron_nemo.launch import run_on_ranks
-from minitron_nemo.parallel import Groups, Rank
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats.nemo import NemoFolder, open_nemo, write_nemo
+from minitron_nemo.checkpoint.random_init import RandomWeights
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.distributed.launch import run_on_ranks
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.distributed.ranks import Rank
+from minitron_nemo.shape.arch import ModelArch, RopeScaling
 
 # A vocabulary of 131 needs padding under tensor parallelism; heads x channels differs from hidden on purpose.
 LLAMA = ModelArch(
@@ -26,26 +29,25 @@ NEMOTRON = dataclasses.replace(
 )  # fmt: skip
 TINY = {"llama": LLAMA, "mistral": MISTRAL, "nemotron": NEMOTRON}
 
-# (tensor, pipeline, ranks, sequence parallel): what layout tests compare with one rank
+# What layout tests compare with one rank.
 LAYOUTS = {
-    "tp2": (2, 1, 2, False),
-    "tp2_sp": (2, 1, 2, True),
-    "pp2": (1, 2, 2, False),
-    "dp2": (1, 1, 2, False),
-    "tp2_pp2": (2, 2, 4, True),
+    "tp2": Layout(tp=2),
+    "tp2_sp": Layout(tp=2, sequence_parallel=True),
+    "pp2": Layout(pp=2),
+    "dp2": Layout(dp=2),
+    "tp2_pp2": Layout(tp=2, pp=2, sequence_parallel=True),
 }
-ALONE = (1, 1, 1, False)
+ALONE = Layout()
 
 
 def random_nemo(path: Path, arch: ModelArch, *, seed: int = 0, scale: float = 3.0) -> NemoFolder:
     """A model artefact of random weights without a tokenizer; `scale` makes logits differ enough to test with."""
 
-    def tensor(parameter: Any, layer: int | None) -> Tensor:
-        drawn = random_tensor(parameter, layer, arch=arch, seed=seed)
+    def shaken(drawn: Tensor) -> Tensor:
         return drawn * scale if drawn.dim() > 1 else drawn + 0.1 * torch.randn(drawn.shape, generator=_generator(seed))
 
-    write_nemo(path, arch, tensors=tensor, tokenizer=None, dtype=torch.float32,
-               fingerprint=f"random {seed}", config={}, parents={})  # fmt: skip
+    tensors = ((name, shaken(drawn)) for name, drawn in stream(RandomWeights(arch, seed=seed)))
+    write_nemo(path, arch, tensors, dtype=torch.float32, tokenizer=None, origin=Origin(f"random {seed}"))
     return open_nemo(path)
 
 
@@ -60,14 +62,12 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run_layout(body: Callable[..., Any], layout: tuple[int, int, int, bool], *arguments: Any) -> Any:
+def run_layout(body: Callable[..., Any], layout: Layout, *arguments: Any) -> Any:
     """Rank 0's result of `body(groups, *arguments)` on CPU ranks in the layout; `body` must be importable."""
-    return run_on_ranks(_in_layout, body, layout, arguments, num_ranks=layout[2])
+    return run_on_ranks(_in_layout, body, layout, arguments, num_ranks=layout.world_size)
 
 
-def _in_layout(rank: Rank, body: Callable[..., Any], layout: tuple[int, int, int, bool], arguments: tuple) -> Any:
-    from minitron_nemo.engine.layout import form_groups
+def _in_layout(rank: Rank, body: Callable[..., Any], layout: Layout, arguments: tuple) -> Any:
+    from minitron_nemo.engine.groups import form_groups
 
-    tp, pp, _, sequence_parallel = layout
-    groups: Groups = form_groups(rank, tp=tp, pp=pp, sequence_parallel=sequence_parallel)
-    return body(groups, *arguments)
+    return body(form_groups(rank, layout), *arguments)

@@ -1,45 +1,68 @@
 """Correct the teacher: fine-tune it with cross-entropy on the data the student will see (2408.11796)."""
 
-from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main, open_verified
-from minitron_nemo.config import Config
-from minitron_nemo.distillation.head import HeadLoss
-from minitron_nemo.objectives import LanguageModelObjective
-from minitron_nemo.parallel import Groups
-from minitron_nemo.runs import train_model, training_job
+from pathlib import Path
+
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.cli import main
+from minitron_nemo.config.rules import check_training
+from minitron_nemo.config.schema import Config
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.steps.describe import training_lines
+from minitron_nemo.steps.inputs import check_model, open_verified
+from minitron_nemo.steps.on_ranks import RankRecipe
+from minitron_nemo.steps.settings import blend_for, settings_of
+from minitron_nemo.steps.step import Job
 
 
 def prepare(config: Config) -> Job:
-    teacher = open_verified(config.correct_teacher.checkpoint)
-    return training_job(
-        config,
-        config.correct_teacher,
-        model=teacher,
-        layers=config.parallel.teacher_stage_layers,
+    section = config.correct_teacher
+    teacher = open_verified(section.checkpoint)
+    check_model(config, teacher, stages=config.parallel.teacher_stage_layers)
+    blend = blend_for(config, teacher, weights=section.blend)
+    return Job(
+        output=Path(str(section.output)),
+        kind="model",
+        settings=settings_of(section, config, blend),
         parents={"teacher": teacher.path},
     )
 
 
 def run(config: Config, job: Job, groups: Groups) -> None:
+    # Megatron takes seconds to import: not before there is something to run.
+    from minitron_nemo.losses.lm_head import HeadLoss
+    from minitron_nemo.steps.options import build_options
+    from minitron_nemo.steps.train import train_model
+    from minitron_nemo.training.objectives import LanguageModelObjective
+
     section = config.correct_teacher
+    teacher = open_nemo(section.checkpoint)
     head = HeadLoss(
-        vocab_size=open_nemo(section.checkpoint).arch.vocab_size,
+        vocab_size=teacher.arch.vocab_size,
         kl_weight=0.0,
         cross_entropy_weight=1.0,
         chunk_tokens=config.distill.chunk_tokens,
         group=groups.tp,
     )
     train_model(
-        config,
-        job,
-        groups,
-        section=section,
-        layers=config.parallel.teacher_stage_layers,
-        objective=lambda engine: LanguageModelObjective(head),
+        teacher,
+        job.output,
+        objective=LanguageModelObjective(head),
+        options=build_options(config, groups, stages=config.parallel.teacher_stage_layers),
+        blend=blend_for(config, teacher, weights=section.blend),
+        training=section.training,
+        run_dir=Path(config.run_dir),
+        origin=job.origin,
+        log_every_n_steps=config.trainer.log_every_n_steps,
     )
 
 
-RECIPE = Recipe("correct_teacher", prepare, run, on_ranks=True)
+RECIPE = RankRecipe(
+    "correct_teacher",
+    prepare,
+    run,
+    check=lambda config: check_training(config.correct_teacher.training, "correct_teacher", config.layout),
+    lines=lambda config: training_lines(config, config.correct_teacher.training, with_teacher=False),
+)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -1,35 +1,44 @@
 """Distil: train the pruned student against the frozen teacher's logits (2407.14679; 2408.11796)."""
 
-from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main, open_verified
-from minitron_nemo.config import Config
-from minitron_nemo.distillation.head import HeadLoss
-from minitron_nemo.distillation.teacher import Teacher
-from minitron_nemo.engine.model import Engine
-from minitron_nemo.objectives import DistillationObjective
-from minitron_nemo.parallel import Groups
-from minitron_nemo.runs import check_model, require_same_tokenizer, train_model, training_job
+from pathlib import Path
+
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.cli import main
+from minitron_nemo.config.rules import check_training
+from minitron_nemo.config.schema import Config
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.steps.describe import training_lines
+from minitron_nemo.steps.inputs import check_model, open_verified, require_same_tokenizer
+from minitron_nemo.steps.on_ranks import RankRecipe
+from minitron_nemo.steps.settings import blend_for, settings_of
+from minitron_nemo.steps.step import Job
 
 
 def prepare(config: Config) -> Job:
     section = config.distill
     student, teacher = open_verified(section.checkpoint), open_verified(section.teacher)
     require_same_tokenizer(student, teacher)
-    check_model(config, "teacher", teacher, layers=config.parallel.teacher_stage_layers)
-    loss = dict(temperature=section.temperature, kl=section.kl_weight, cross_entropy=section.cross_entropy_weight)
-    return training_job(
-        config,
-        section,
-        model=student,
-        layers=config.parallel.student_stage_layers,
+    check_model(config, student, name="student", stages=config.parallel.student_stage_layers)
+    check_model(config, teacher, name="teacher", stages=config.parallel.teacher_stage_layers)
+    blend = blend_for(config, student, weights=section.blend)
+    return Job(
+        output=Path(str(section.output)),
+        kind="model",
+        settings=settings_of(section, config, blend),
         parents={"student": student.path, "teacher": teacher.path},
-        settings=loss,
     )
 
 
 def run(config: Config, job: Job, groups: Groups) -> None:
+    # Megatron takes seconds to import: not before there is something to run.
+    from minitron_nemo.distillation.teacher import Teacher
+    from minitron_nemo.losses.lm_head import HeadLoss
+    from minitron_nemo.steps.options import build_options
+    from minitron_nemo.steps.train import train_model
+    from minitron_nemo.training.objectives import DistillationObjective
+
     section = config.distill
-    teacher = open_nemo(section.teacher)
+    student, teacher = open_nemo(section.checkpoint), open_nemo(section.teacher)
     head = HeadLoss(
         vocab_size=teacher.arch.vocab_size,
         kl_weight=section.kl_weight,
@@ -38,22 +47,27 @@ def run(config: Config, job: Job, groups: Groups) -> None:
         chunk_tokens=section.chunk_tokens,
         group=groups.tp,
     )
-
-    def objective(engine: Engine) -> DistillationObjective:
-        return DistillationObjective(head, Teacher(teacher, engine, stage_layers=config.parallel.teacher_stage_layers))
-
+    beside = Teacher(teacher.weights, build_options(config, groups, stages=config.parallel.teacher_stage_layers))
     train_model(
-        config,
-        job,
-        groups,
-        section=section,
-        layers=config.parallel.student_stage_layers,
-        objective=objective,
-        teacher_flops_per_token=teacher.arch.flops_per_token(config.data.seq_length),
+        student,
+        job.output,
+        objective=DistillationObjective(head, beside),
+        options=build_options(config, groups, stages=config.parallel.student_stage_layers),
+        blend=blend_for(config, student, weights=section.blend),
+        training=section.training,
+        run_dir=Path(config.run_dir),
+        origin=job.origin,
+        log_every_n_steps=config.trainer.log_every_n_steps,
     )
 
 
-RECIPE = Recipe("distill", prepare, run, on_ranks=True)
+RECIPE = RankRecipe(
+    "distill",
+    prepare,
+    run,
+    check=lambda config: check_training(config.distill.training, "distill", config.layout),
+    lines=lambda config: training_lines(config, config.distill.training, with_teacher=True),
+)
 
 if __name__ == "__main__":
     main(RECIPE)

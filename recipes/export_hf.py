@@ -2,23 +2,25 @@
 
 from pathlib import Path
 
-from minitron_nemo.checkpoint.hf import KIND, export_hf
-from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.cli import Job, Recipe, main, open_verified
-from minitron_nemo.config import Config
-from minitron_nemo.parameters import logical_tensors
-from minitron_nemo.progress import progress
+from minitron_nemo.checkpoint.formats.hf import KIND, export_hf
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config, identity
+from minitron_nemo.progress import watched
+from minitron_nemo.steps.inputs import open_verified
+from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:
-    model = open_verified(str(config.export_hf.checkpoint))
-    return Job(Path(str(config.export_hf.output)), KIND, {}, {"model": model.path})
+    model = open_verified(config.export_hf.checkpoint)
+    return Job(Path(str(config.export_hf.output)), KIND, identity(config.export_hf), {"model": model.path})
 
 
 def run(config: Config, job: Job) -> None:
     model = open_nemo(str(config.export_hf.checkpoint))
-    with progress(len(logical_tensors(model.arch)), "export", unit="tensor") as bar:
-        export_hf(model, job.output, progress=lambda done, total: bar.advance(), **job.origin)
+    tensors = watched(stream(model.weights), len(model.weights.names()), "export", unit="tensor")
+    export_hf(model, job.output, origin=job.origin, tensors=tensors)
 
 
 RECIPE = Recipe("export_hf", prepare, run)

@@ -1,14 +1,34 @@
 """Import: a Hugging Face folder (or hub name) becomes a sharded `.nemo` model; its shape comes from the folder."""
 
+import dataclasses
 from pathlib import Path
 
-from minitron_nemo.checkpoint.hf import arch_from_hf, import_hf, resolve_source
-from minitron_nemo.checkpoint.manifest import file_sha256
-from minitron_nemo.cli import Job, Recipe, logger, main
-from minitron_nemo.config import Config
+from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.checkpoint.formats.hf import arch_from_hf, import_hf, open_hf, resolve_source
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.errors import UserError
-from minitron_nemo.parameters import logical_tensors
-from minitron_nemo.progress import progress
+from minitron_nemo.progress import watched
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.steps.step import Job, Recipe, logger
+
+# What does not change a tensor: here the folder counts, and the config's `model` is told to be unused.
+FROM_THE_FOLDER = ("family", "seq_length", "norm_epsilon", "rotary_base", "rotary_percent", "rope_scaling")
+
+
+def check_shape(found: ModelArch, config: Config, *, folder: Path) -> None:
+    """Refuse a folder with another shape than the config's `model`, which every dry run went by."""
+    if config.model is None:
+        return
+    expected = config.model_arch()
+    fields = [field.name for field in dataclasses.fields(ModelArch)]
+    differing = [name for name in fields if getattr(found, name) != getattr(expected, name)]
+    theirs, ours = (", ".join(f"{f}={getattr(arch, f)}" for f in differing) for arch in (found, expected))
+    if not set(differing) <= set(FROM_THE_FOLDER):
+        raise UserError(f"{folder}: {theirs}; the config's model has {ours}: give that model, or correct `model`")
+    if differing:
+        logger.info(f"import_hf: {folder}: {theirs}; the config's model has {ours}: the folder's is used")
 
 
 def prepare(config: Config) -> Job:
@@ -16,19 +36,21 @@ def prepare(config: Config) -> Job:
     if section.source is None:
         raise UserError("import_hf.source is not set: give a Hugging Face folder or hub name")
     folder = resolve_source(section.source)
-    logger.info(f"import_hf: {folder}: {arch_from_hf(folder).describe()}")
+    arch = arch_from_hf(folder)
+    check_shape(arch, config, folder=folder)
+    logger.info(f"import_hf: {folder}: {arch.describe()}")
     # Size and time of the weight files stand for their content: hashing tens of gigabytes to skip a copy is no gain.
     weights = {
         path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))
     }
     small = {path.name: file_sha256(path) for path in sorted(folder.glob("*.json"))}
-    return Job(Path(str(section.output)), "model", {"weights": weights, "files": small})
+    return Job(Path(str(section.output)), "model", {**identity(section), "weights": weights, "files": small})
 
 
 def run(config: Config, job: Job) -> None:
-    folder = resolve_source(str(config.import_hf.source))
-    with progress(len(logical_tensors(arch_from_hf(folder))), "import", unit="tensor") as bar:
-        import_hf(folder, job.output, progress=lambda done, total: bar.advance(), **job.origin)
+    folder = open_hf(resolve_source(str(config.import_hf.source)))
+    tensors = watched(stream(folder.weights), len(folder.weights.names()), "import", unit="tensor")
+    import_hf(folder, job.output, tensors=tensors, origin=job.origin)
 
 
 RECIPE = Recipe("import_hf", prepare, run)

@@ -3,31 +3,36 @@
 import shutil
 from pathlib import Path
 
-from minitron_nemo.checkpoint.manifest import publishing
-from minitron_nemo.cli import Job, Recipe, main
-from minitron_nemo.config import Config
+from minitron_nemo.artefacts.publishing import publishing
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.corpora import corpora_settings
 from minitron_nemo.data.prepare import prepare_corpus
 from minitron_nemo.data.tokenizer import load_tokenizer
+from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:
-    tokenizer = load_tokenizer(str(config.prepare_data.tokenizer))
-    settings = dict(corpora=corpora_settings(config.prepare_data.corpora), tokenizer=tokenizer.fingerprint)
-    return Job(Path(str(config.prepare_data.output)), "data", settings)
+    section = config.prepare_data
+    settings = {
+        **identity(section),
+        "corpora": corpora_settings(section.corpora),
+        "tokenizer": load_tokenizer(str(section.tokenizer)).fingerprint,
+    }
+    return Job(Path(str(section.output)), "data", settings)
 
 
 def run(config: Config, job: Job) -> None:
     section = config.prepare_data
     tokenizer = load_tokenizer(str(section.tokenizer))
     work = job.output.with_name(f"{job.output.name}.shards")  # outlives an interruption
-    with publishing(job.output, kind=job.kind, **job.origin) as folder:
+    with publishing(job.output, kind=job.kind, origin=job.origin) as draft:
         for name, corpus in sorted(section.corpora.items()):
             prepare_corpus(
                 name,
                 corpus,
                 tokenizer=tokenizer,
-                output=folder,
+                output=draft.folder,
                 workers=section.workers,
                 work=work,
             )

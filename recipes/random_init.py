@@ -4,41 +4,37 @@ from pathlib import Path
 
 import torch
 
-from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
-from minitron_nemo.checkpoint.random_init import random_tensor
-from minitron_nemo.cli import Job, Recipe, main
-from minitron_nemo.config import Config
+from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
+from minitron_nemo.checkpoint.random_init import RandomWeights
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.steps.step import Job, Recipe
+
+
+def arch_of(config: Config) -> ModelArch:
+    like = config.random_init.like
+    return open_nemo(like).arch if like else config.model_arch()
 
 
 def prepare(config: Config) -> Job:
-    section = config.random_init
-    arch = open_nemo(section.like).arch if section.like else config.model.arch()
+    section, arch = config.random_init, arch_of(config)
     tokenizer = load_tokenizer(str(section.tokenizer))
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
             f"{section.tokenizer}: the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {arch.vocab_size}"
         )
-    settings = dict(
-        arch=arch.to_dict(), seed=config.seed, init_method_std=section.init_method_std, tokenizer=tokenizer.fingerprint
-    )
-    return Job(Path(str(section.output)), "model", settings)
+    settings = dict(arch=arch.to_dict(), seed=config.seed, tokenizer=tokenizer.fingerprint)
+    return Job(Path(str(section.output)), "model", {**identity(section), **settings})
 
 
 def run(config: Config, job: Job) -> None:
-    section = config.random_init
-    arch = open_nemo(section.like).arch if section.like else config.model.arch()
-    write_nemo(
-        job.output,
-        arch,
-        tensors=lambda parameter, layer: random_tensor(
-            parameter, layer, arch=arch, seed=config.seed, init_std=section.init_method_std
-        ),
-        tokenizer=section.tokenizer,
-        dtype=torch.float32,
-        **job.origin,
-    )
+    section, arch = config.random_init, arch_of(config)
+    weights = RandomWeights(arch, seed=config.seed, init_std=section.init_method_std)
+    write_nemo(job.output, arch, stream(weights), dtype=torch.float32, tokenizer=section.tokenizer, origin=job.origin)
 
 
 RECIPE = Recipe("random_init", prepare, run)

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from minitron_nemo.cli import Job, Recipe, main
-from minitron_nemo.config import Config
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config
 from minitron_nemo.errors import UserError
-from minitron_nemo.report import format_table, write_report
+from minitron_nemo.reporting.table import format_table
+from minitron_nemo.reporting.write import write_report
+from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:

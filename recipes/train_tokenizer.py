@@ -3,24 +3,26 @@
 from itertools import chain
 from pathlib import Path
 
-from minitron_nemo.checkpoint.manifest import publishing
-from minitron_nemo.cli import Job, Recipe, main
-from minitron_nemo.config import Config
+from minitron_nemo.artefacts.publishing import publishing
+from minitron_nemo.cli import main
+from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.corpora import corpora_settings, read_documents
 from minitron_nemo.data.tokenizer import train_tokenizer
+from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:
-    settings = dict(vocab_size=config.train_tokenizer.vocab_size, corpora=corpora_settings(config.prepare_data.corpora))
-    return Job(Path(str(config.train_tokenizer.output)), "tokenizer", settings)
+    section = config.train_tokenizer
+    settings = {**identity(section), "corpora": corpora_settings(config.prepare_data.corpora)}
+    return Job(Path(str(section.output)), "tokenizer", settings)
 
 
 def run(config: Config, job: Job) -> None:
     texts = chain.from_iterable(
         read_documents(corpus, name=name) for name, corpus in sorted(config.prepare_data.corpora.items())
     )
-    with publishing(job.output, kind=job.kind, **job.origin) as folder:
-        train_tokenizer(texts, vocab_size=config.train_tokenizer.vocab_size, output=folder)
+    with publishing(job.output, kind=job.kind, origin=job.origin) as draft:
+        train_tokenizer(texts, vocab_size=config.train_tokenizer.vocab_size, output=draft.folder)
 
 
 RECIPE = Recipe("train_tokenizer", prepare, run)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minitron_nemo.arch import ModelArch
+from minitron_nemo.shape.arch import ModelArch
 
 ARCH = ModelArch(num_layers=4, hidden_size=12, ffn_hidden_size=16, num_attention_heads=8, num_query_groups=4,
                  kv_channels=3, vocab_size=32, seq_length=64)  # fmt: skip

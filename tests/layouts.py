@@ -10,24 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.checkpoint.nemo import NemoFolder, open_nemo
-from minitron_nemo.engine.model import Engine, HeadlessGPT, build_model
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats.nemo import NemoFolder, open_nemo
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.model import BuildOptions, HeadlessGPT, build_model
 from minitron_nemo.engine.schedule import forward_hidden
-from minitron_nemo.engine.state import save_model
 from minitron_nemo.engine.weights import load_weights
-from minitron_nemo.parallel import Groups
-from minitron_nemo.parameters import logical_tensors
+from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.testing import random_batch
+from minitron_nemo.training.checkpoints import save_model
 
-ORIGIN = dict(fingerprint="test", config={}, parents={}, overwrite=False)
+ORIGIN = Origin("test")
 
 
 def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | None = None) -> HeadlessGPT:
     """This rank's part of a checkpoint."""
     source = open_nemo(path)
-    model = build_model(source.arch, Engine(groups=groups, stage_layers=stage_layers))
-    load_weights(model, source, groups)
+    model = build_model(source.arch, BuildOptions(groups=groups, stage_layers=stage_layers))
+    load_weights(model, source.weights, groups)
     return model
 
 
@@ -40,7 +41,7 @@ def whole_logits(model: HeadlessGPT, tokens_BS: Tensor, *, vocab_size: int, grou
         local_SBV = hidden[0] @ model.head_weight().T
         parts = [local_SBV]
         if groups.tp is not None:
-            parts = [torch.empty_like(local_SBV) for _ in range(groups.tp_size)]
+            parts = [torch.empty_like(local_SBV) for _ in range(groups.layout.tp)]
             dist.all_gather(parts, local_SBV.contiguous(), group=groups.tp)
         logits_BSV = torch.cat(parts, dim=-1)[..., :vocab_size].transpose(0, 1).contiguous()
     if groups.pp is not None:
@@ -75,17 +76,13 @@ def assert_same_weights(ours: NemoFolder, theirs: NemoFolder) -> None:
     """Every logical tensor equal bit for bit."""
     assert ours.arch == theirs.arch
     assert ours.dtype == theirs.dtype
-    for parameter, layer in logical_tensors(theirs.arch):
-        assert torch.equal(ours.read(parameter, layer), theirs.read(parameter, layer)), f"{parameter.key} {layer}"
+    for name, tensor in stream(theirs.weights):
+        assert torch.equal(ours.weights.read(name), tensor), name
 
 
 def weights_of(path: str | Path) -> dict[str, Tensor]:
-    """Every logical tensor of a checkpoint under `key` or `key/layer`."""
-    nemo = open_nemo(path)
-    return {
-        parameter.key if layer is None else f"{parameter.key}/{layer}": nemo.read(parameter, layer)
-        for parameter, layer in logical_tensors(nemo.arch)
-    }
+    """Every logical tensor of a checkpoint by name."""
+    return dict(stream(open_nemo(path).weights))
 
 
 def samples(arch: ModelArch, *, first: int, count: int, seq_length: int) -> dict[str, Tensor]:
@@ -98,6 +95,6 @@ def share_of_batch(
     arch: ModelArch, *, step: int, size: int, seq_length: int, groups: Groups
 ) -> list[dict[str, Tensor]]:
     """This data-parallel rank's micro-batches, of one sample each, of global batch `step` of `size` samples."""
-    share = size // groups.dp_size
+    share = size // groups.layout.dp
     start = step * size + groups.dp_rank * share
     return [samples(arch, first=n, count=1, seq_length=seq_length) for n in range(start, start + share)]

@@ -16,18 +16,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from minitron_nemo.checkpoint.paths import is_plain_name
-from minitron_nemo.checkpoint.restricted_pickle import (
-    DTYPES,
-    METADATA_FILE,
-    Chunk,
-    StoredTensor,
-    coverage_fault,
-    metadata_bytes,
-    one_line,
-    overlap,
-    read_metadata,
-)
+from minitron_nemo.artefacts.paths import is_plain_name
+from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
+from minitron_nemo.checkpoint.restricted_metadata import DTYPES, METADATA_FILE, metadata_bytes, one_line, read_metadata
 from minitron_nemo.errors import UserError
 
 BACKEND = {
@@ -60,21 +51,19 @@ class TorchDistReader:
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].dtype
 
-    def read(self, key: str, *, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None) -> Tensor:
-        """The box of `size` at `offset` of the global tensor, on the CPU in its stored dtype; the default is all."""
+    def read(self, key: str, box: Box | None = None) -> Tensor:
+        """A box of the global tensor, on the CPU in its stored dtype; the default is all of it."""
         stored = self._tensors[key]
-        offset = (0,) * len(stored.shape) if offset is None else tuple(offset)
-        size = tuple(s - o for s, o in zip(stored.shape, offset, strict=True)) if size is None else tuple(size)
-        box = Chunk(offset, size, file="", start=0, length=0)
-        if min(offset, default=0) < 0 or any(e > s for e, s in zip(box.end, stored.shape, strict=True)):
-            raise IndexError(f"{key}: box at {offset} of size {size} leaves the shape {stored.shape}")
+        box = whole(stored.shape) if box is None else box
+        if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(box.end, stored.shape, strict=True)):
+            raise IndexError(f"{key}: box at {box.offset} of size {box.size} leaves the shape {stored.shape}")
         self._check_whole(key)
-        result = torch.empty(size, dtype=stored.dtype)
+        result = torch.empty(box.size, dtype=stored.dtype)
         for chunk in stored.chunks:
-            if chunk.size == size and chunk.offset == offset:
+            if chunk.size == box.size and chunk.offset == box.offset:
                 return self._payload(key, chunk)
-            if (shared := overlap(box, chunk)) is not None:
-                result[_slices(shared, box.offset)] = self._payload(key, chunk)[_slices(shared, chunk.offset)]
+            if (shared := box.shared_with(chunk)) is not None:
+                result[shared.slices(box.offset)] = self._payload(key, chunk)[shared.slices(chunk.offset)]
         return result
 
     def _check_whole(self, key: str) -> None:
@@ -110,11 +99,6 @@ class TorchDistReader:
             found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{path}: the chunk of {key} is {found}; .metadata promises {dtype} {chunk.size}")
         return tensor.detach()
-
-
-def _slices(box: tuple[tuple[int, ...], tuple[int, ...]], origin: tuple[int, ...]) -> tuple[slice, ...]:
-    begin, end = box
-    return tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, origin, strict=True))
 
 
 class HashingFile:

@@ -1,217 +1,44 @@
-"""Samples for training: prepared corpora cut into sequences, shuffled and blended by Megatron-Core's own datasets.
+"""What samples are drawn from: prepared corpora and their weights, cut into sequences, for one tokenizer."""
 
-Which tokens sample `i` holds depends on the seed, the blend, the split, `seq_length` and the number of samples asked
-for: never on the number of ranks, so a run may continue on another layout. Megatron shuffles documents over all the
-epochs it needs. While a corpus is read less than once a longer run begins with the samples of the shorter one; beyond
-that, asking for more samples changes the order.
-"""
-
-import hashlib
-import json
-import logging
-import os
-import shutil
-import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import ceil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron.core
-import numpy as np
-import torch
-import torch.distributed as dist
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
-from torch.utils.data import Dataset
-
-from minitron_nemo.config import DataConfig
 from minitron_nemo.data.corpus_files import check_corpus, content_fingerprint, find_corpus
 from minitron_nemo.data.tokenizer import Tokenizer
 from minitron_nemo.errors import UserError
 
-SPLITS = {Split.train: "training", Split.valid: "validation"}
-NUMPY_MAGIC = b"\x93NUMPY"
-
 
 @dataclass(frozen=True)
-class _MegatronTokenizer:
-    """What Megatron's datasets read off a tokenizer."""
+class Blend:
+    """Corpora by name (under `prepared`, or a path prefix of a .bin/.idx pair), their weights, and how they are read.
 
-    vocab_size: int
-    eod: int
-    pad: int = -1  # no token is padding: samples are always full
-    unique_identifiers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
-
-
-def build_datasets(
-    data: DataConfig,
-    *,
-    blend: dict[str, float] | None = None,
-    prepared: Path,
-    cache: Path,
-    num_train: int,
-    num_valid: int,
-    seed: int,
-    tokenizer: Tokenizer,
-    vocab_size: int,
-) -> tuple[Dataset | None, Dataset | None]:
-    """(train, valid): datasets of at least `num_train` and `num_valid` samples, None where 0 were asked for.
-
-    A sample has `tokens` and `labels` (int64 [s], labels one token ahead) and `loss_mask` (float32 [s]). Every rank
-    calls this with the same arguments; rank 0 writes the shuffled indices into `cache`, which all ranks must see.
-    `blend` replaces `data.blend`; its keys are corpora under `prepared` or prefixes of .bin/.idx pairs.
-    `tokenizer` and `vocab_size` are the model's. Raises UserError for a corpus that is missing, damaged, too short or
-    made with another tokenizer.
+    `split` gives the shares of the documents for training, validation and test, such as "98,2,0"; `cache` is where
+    shuffled indices are kept; `tokenizer` and `vocab_size` are those of the model that reads.
     """
-    blend = data.blend if blend is None else blend
-    if not blend:
-        raise UserError("data.blend is empty: name at least one corpus and its weight, such as data.blend.web=1.0")
-    # Sorted, because Megatron breaks ties by position and the order of keys in a file should mean nothing.
-    prefixes = {name: find_corpus(name, prepared) for name in sorted(blend)}
-    for prefix in prefixes.values():
-        check_corpus(prefix, tokenizer=tokenizer, vocab_size=vocab_size)
-    weights = np.array([blend[name] for name in prefixes], dtype=np.float64)
-    weights /= weights.sum()
-    config = _megatron_config(data, seed=seed, tokenizer=tokenizer)
-    built = []
-    for split, num_samples in ((Split.train, num_train), (Split.valid, num_valid)):
-        built.append(_blend(prefixes, weights, config=config, split=split, num_samples=num_samples, cache=cache))
-    return built[0], built[1]
 
+    weights: dict[str, float]
+    prepared: Path
+    cache: Path
+    seq_length: int
+    split: str
+    seed: int
+    tokenizer: Tokenizer
+    vocab_size: int
 
-def batch(dataset: Dataset, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """`tokens`, `labels` (int64) and `loss_mask` (float32) of these samples, each [b, s] on the CPU."""
-    samples = [dataset[index] for index in indices]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
+    def check(self) -> dict[str, Path]:
+        """The path prefix of every corpus, by name; UserError for one that is missing, damaged or not this model's."""
+        if not self.weights:
+            raise UserError(
+                "data.blend is empty: name at least one corpus and its weight, such as +data.blend.text=1.0"
+            )
+        # Sorted, because Megatron breaks ties by position and the order of keys in a file should mean nothing.
+        prefixes = {name: find_corpus(name, self.prepared) for name in sorted(self.weights)}
+        for prefix in prefixes.values():
+            check_corpus(prefix, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        return prefixes
 
-
-def _megatron_config(data: DataConfig, *, seed: int, tokenizer: Tokenizer) -> GPTDatasetConfig:
-    return GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=data.seq_length,
-        blend=([], None),  # we hand corpora over ourselves; without it Megatron would make up mock data
-        split=data.split,
-        tokenizer=_MegatronTokenizer(vocab_size=tokenizer.vocab_size, eod=tokenizer.eod),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-
-
-def _blend(
-    prefixes: dict[str, Path],
-    weights: np.ndarray,
-    *,
-    config: GPTDatasetConfig,
-    split: Split,
-    num_samples: int,
-    cache: Path,
-) -> Dataset | None:
-    """The samples of one split. Sizes are those of Megatron's BlendedMegatronDatasetBuilder, so the samples are too."""
-    if num_samples == 0:
-        return None
-    only = len(prefixes) == 1
-    sizes = [num_samples if only else _with_surplus(num_samples, weight, config) for weight in weights]
-    corpora = [
-        _corpus(name, prefix, config=config, split=split, num_samples=size, cache=cache)
-        for (name, prefix), size in zip(prefixes.items(), sizes, strict=True)
-    ]
-    if only:
-        return corpora[0]
-    # The blend itself is cheap and computed by every rank: Megatron's cache of it needs a process group.
-    with _path_to_cache(config, None), _quiet("megatron.core.datasets.blended_dataset"):
-        return BlendedDataset(corpora, weights.tolist(), num_samples, config)
-
-
-def _with_surplus(num_samples: int, weight: float, config: GPTDatasetConfig) -> int:
-    return ceil(ceil(num_samples * weight) * (1 + config.mid_level_dataset_surplus))
-
-
-def _corpus(
-    name: str, prefix: Path, *, config: GPTDatasetConfig, split: Split, num_samples: int, cache: Path
-) -> GPTDataset:
-    """One corpus's samples; their indices are built once, by rank 0, in a folder that appears when complete."""
-    indexed = IndexedDataset(str(prefix))
-    documents = _documents(name, indexed, config=config, split=split)
-    # Megatron names its cache by path and settings; the content belongs into the name too, or a corpus prepared
-    # again would be read through the indices of the old one.
-    key = _cache_key(
-        content_fingerprint(prefix), str(prefix), config.random_seed, config.sequence_length, config.split,
-        split.name, num_samples, megatron.core.__version__,
-    )  # fmt: skip
-    folder = cache / key
-    arguments = (indexed, str(prefix), documents, num_samples, split, config)
-    if not (dist.is_initialized() and dist.get_rank() != 0) and not _is_usable(folder):
-        temp = cache / f"{key}.tmp-{uuid.uuid4().hex[:8]}"
-        with _path_to_cache(config, temp), _quiet("megatron.core.datasets"):
-            GPTDataset(*arguments)
-        _move_into_place(temp, folder)
-    if dist.is_initialized():
-        dist.barrier()
-    with _path_to_cache(config, folder), _quiet("megatron.core.datasets"):
-        return GPTDataset(*arguments)
-
-
-def _documents(name: str, indexed: IndexedDataset, *, config: GPTDatasetConfig, split: Split) -> np.ndarray:
-    """Numbers of the documents that belong to a split: a run of them, as Megatron divides a corpus."""
-    begin, end = config.split_matrix[split.value] or (0.0, 0.0)
-    count = len(indexed)
-    documents = np.arange(round(begin * count), round(end * count), dtype=np.int32)
-    tokens = int(indexed.sequence_lengths[documents].sum(dtype=np.int64))
-    needed = config.sequence_length + 1  # labels are one token ahead
-    if tokens < needed:
-        raise UserError(
-            f"data.blend.{name}: data.split='{config.split}' leaves {len(documents)} of {count} documents "
-            f"({tokens} tokens) for {SPLITS[split]}, fewer than one sample of data.seq_length={config.sequence_length} "
-            f"+ 1; prepare more text, shorten seq_length or give {SPLITS[split]} a larger share"
-        )
-    return documents
-
-
-def _cache_key(*parts: str | int | None) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _is_usable(folder: Path) -> bool:
-    """Whether the cached indices are there. Megatron opens them allowing pickles, so only real arrays may pass."""
-    files = list(folder.glob("*.npy"))
-    return bool(files) and all(_begins_with(path, NUMPY_MAGIC) for path in files)
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def _move_into_place(temp: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temp, folder)
-
-
-@contextmanager
-def _path_to_cache(config: GPTDatasetConfig, folder: Path | None) -> Iterator[None]:
-    before, config.path_to_cache = config.path_to_cache, None if folder is None else str(folder)
-    try:
-        yield
-    finally:
-        config.path_to_cache = before
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Megatron reports every index it opens, and warns that the blend is not cached, which is meant."""
-    log = logging.getLogger(name)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens a sample holds, as plain data; checks as `check` does."""
+        content = {name: content_fingerprint(prefix) for name, prefix in self.check().items()}
+        return dict(blend=self.weights, corpora=content, seq_length=self.seq_length, split=self.split, seed=self.seed)

@@ -1,14 +1,13 @@
 """The calibration set: the fixed samples on which importance is estimated."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from minitron_nemo.config import DataConfig
-from minitron_nemo.data.blend import batch, build_datasets
-from minitron_nemo.data.tokenizer import Tokenizer
+from minitron_nemo.data.blend import Blend
+from minitron_nemo.data.datasets import batch, build_datasets
 
 
 @dataclass(frozen=True)
@@ -19,25 +18,13 @@ class CalibrationSet:
     fingerprint: str
 
 
-def calibration_set(
-    data: DataConfig,
-    *,
-    blend: dict[str, float] | None = None,
-    prepared: Path,
-    cache: Path,
-    num_samples: int,
-    seed: int,
-    tokenizer: Tokenizer,
-    vocab_size: int,
-) -> CalibrationSet:
-    """`num_samples` samples drawn from the training blend (both papers: 1024), the same on every rank and layout.
+def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
+    """`num_samples` samples drawn from the training part of the blend (both papers: 1024), the same in every layout.
 
-    The other arguments are those of `build_datasets`. Raises UserError as it does.
+    Raises UserError as `build_datasets` does.
     """
-    train, _ = build_datasets(
-        data, blend=blend, prepared=prepared, cache=cache, num_train=num_samples, num_valid=0,
-        seed=_own_seed(seed), tokenizer=tokenizer, vocab_size=vocab_size,
-    )  # fmt: skip
+    own = dataclasses.replace(blend, seed=_own_seed(blend.seed))
+    train, _ = build_datasets(own, num_train=num_samples, num_valid=0)
     assert train is not None
     tokens = batch(train, range(num_samples))["tokens"]
     return CalibrationSet(tokens=tokens, fingerprint=tokens_fingerprint(tokens))

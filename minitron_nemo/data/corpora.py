@@ -6,13 +6,14 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checkpoint.manifest import fingerprint_of
-from minitron_nemo.config import CorpusConfig
+from minitron_nemo.artefacts.origin import fingerprint_of
+from minitron_nemo.config.schema import CorpusConfig
+from minitron_nemo.data.corpus_facts import Skipped
 from minitron_nemo.errors import UserError
 
 STDLIB = "stdlib"  # as `input`: the standard library of the running interpreter, text that every machine has
@@ -29,24 +30,6 @@ class Span:
     path: Path
     start: int
     end: int
-
-
-@dataclass
-class Skipped:
-    """What was left out, and how often."""
-
-    undecodable_files: int = 0  # not UTF-8 or, when docstrings are wanted, not Python
-    without_docstring: int = 0
-    empty: int = 0  # documents of white space
-    duplicates: int = 0
-
-    def describe(self) -> str:
-        counts = [f"{count} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count]
-        return f"left out: {', '.join(counts)}" if counts else "nothing left out"
-
-    def add(self, other: "Skipped") -> None:
-        for name, count in asdict(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 def list_files(corpus: CorpusConfig, *, name: str) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minitron_nemo.data.prepare import read_facts
+from minitron_nemo.data.corpus_facts import read_facts
 from minitron_nemo.data.tokenizer import Tokenizer
 from minitron_nemo.errors import UserError
 

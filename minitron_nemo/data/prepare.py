@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from minitron_nemo.config import CorpusConfig
-from minitron_nemo.data.corpora import Skipped, list_files
+from minitron_nemo.config.schema import CorpusConfig
+from minitron_nemo.data.corpora import list_files
+from minitron_nemo.data.corpus_facts import CorpusFacts, Skipped
 from minitron_nemo.data.shards import (
     ShardIndex,
     ShardJob,
@@ -32,32 +33,6 @@ from minitron_nemo.progress import progress
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".bin", ".idx", ".json")
-
-
-@dataclass(frozen=True)
-class CorpusFacts:
-    """What `<name>.json` says about a prepared corpus."""
-
-    documents: int
-    tokens: int  # with one end-of-document token for each document
-    text_bytes: int  # UTF-8, before tokenization
-    skipped: Skipped
-    tokenizer: str  # fingerprint
-    vocab_size: int  # of the tokenizer: every id is below
-    eod: int
-    dtype: str
-    sha256: dict[str, str]  # of the .bin and the .idx
-
-
-def read_facts(path: Path) -> CorpusFacts:
-    """Raises UserError for a file that is not the facts of a prepared corpus."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return CorpusFacts(**{**values, "skipped": Skipped(**values["skipped"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not the facts of a prepared corpus ({error}); prepare it again: python recipes/prepare_data.py"
-        ) from None
 
 
 def prepare_corpus(

@@ -14,8 +14,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from minitron_nemo.config import CorpusConfig
-from minitron_nemo.data.corpora import Skipped, Span, is_jsonl, read_span, whole
+from minitron_nemo.config.schema import CorpusConfig
+from minitron_nemo.data.corpora import Span, is_jsonl, read_span, whole
+from minitron_nemo.data.corpus_facts import Skipped
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 4 << 20  # a few seconds of one core

@@ -10,22 +10,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minitron_nemo.checkpoint.nemo import NemoFolder
-from minitron_nemo.engine.model import Engine, build_model
+from minitron_nemo.checkpoint.source import TensorSource
+from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.schedule import Batch, forward_hidden
 from minitron_nemo.engine.weights import load_weights
 
 
 class Teacher:
-    """A checkpoint held for forward passes only; never trained, never part of a training checkpoint."""
+    """A model held for forward passes only; never trained, never part of a training checkpoint."""
 
-    def __init__(self, source: NemoFolder, engine: Engine, *, stage_layers: list[int] | None = None) -> None:
-        self.source = source
-        self.groups = engine.groups
-        self.model = build_model(
-            source.arch, dataclasses.replace(engine, stage_layers=stage_layers, recompute_activations=False)
-        )
-        load_weights(self.model, source, engine.groups)
+    def __init__(self, weights: TensorSource, options: BuildOptions) -> None:
+        self.arch = weights.arch
+        self.groups = options.groups
+        self.model = build_model(weights.arch, dataclasses.replace(options, recompute_activations=False))
+        load_weights(self.model, weights, options.groups)
         self.model.requires_grad_(False).eval()
 
     def hidden_states(self, batches: list[Batch]) -> Iterator[Tensor | None]:
@@ -41,4 +39,5 @@ class Teacher:
 
     @torch.no_grad()
     def head_weight(self) -> Tensor:
+        """This rank's rows of the output head, [padded vocabulary / tp, h]; last stage only."""
         return self.model.head_weight()

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.engine.attention import Norm, SdpaCoreAttention
-from minitron_nemo.engine.layout import check_layout
-from minitron_nemo.parallel import Groups, stage_layers
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.attention import SdpaCoreAttention
+from minitron_nemo.engine.norm import Norm
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.rope import rotary_inverse_frequencies
 
 
 def has_transformer_engine(device: torch.device) -> bool:
@@ -40,28 +41,28 @@ def engine_choice(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How models are built on this rank: the groups, the dtype of weights and the memory saving."""
+class BuildOptions:
+    """How models are built and trained on this rank: the groups, the dtype of weights and the memory savings."""
 
     groups: Groups
     dtype: torch.dtype = torch.float32
     recompute_activations: bool = False
+    distributed_optimizer: bool = True
     # Stage splits are per model, because teacher and student have their own.
-    stage_layers: list[int] | None = field(default=None)
+    stage_layers: list[int] | None = None
 
 
-def transformer_config(arch: ModelArch, engine: Engine) -> TransformerConfig:
+def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerConfig:
     """Megatron's configuration of this shape under this layout; dropout and biases are off in every family."""
-    groups = engine.groups
-    stages = stage_layers(arch.num_layers, groups.pp_size, engine.stage_layers)
-    options: dict[str, Any] = {}
-    if groups.pp_size > 1:
-        rows = [["decoder"] * layers for layers in stages]
+    groups, layout = options.groups, options.groups.layout
+    extra: dict[str, Any] = {}
+    if layout.pp > 1:
+        rows = [["decoder"] * layers for layers in layout.stages(arch.num_layers, options.stage_layers)]
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
-        options["pipeline_model_parallel_layout"] = rows
-    if engine.recompute_activations:
-        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        extra["pipeline_model_parallel_layout"] = rows
+    if options.recompute_activations:
+        extra |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     te = has_transformer_engine(groups.device)
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -78,12 +79,12 @@ def transformer_config(arch: ModelArch, engine: Engine) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=groups.tp_size,
-        pipeline_model_parallel_size=groups.pp_size,
-        sequence_parallel=groups.sequence_parallel,
-        params_dtype=engine.dtype,
-        pipeline_dtype=engine.dtype,
-        bf16=engine.dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
         use_cpu_initialization=groups.device.type == "cpu",
         # Weights always come from a checkpoint, but only initializing marks the tensor-parallel parameters,
         # and without the marks the gradient norm would leave out the other ranks' parts.
@@ -99,7 +100,7 @@ def transformer_config(arch: ModelArch, engine: Engine) -> TransformerConfig:
         apply_rope_fusion=te,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=groups.device.type == "cuda",
-        **options,
+        **extra,
     )
 
 
@@ -141,17 +142,17 @@ class HeadlessGPT(GPTModel):
         )
 
 
-def build_model(arch: ModelArch, engine: Engine) -> HeadlessGPT:
+def build_model(arch: ModelArch, options: BuildOptions) -> HeadlessGPT:
     """This rank's part of the model, weights not yet loaded (see `engine.weights.load_weights`)."""
-    groups = engine.groups
-    check_layout("model", arch, groups=groups, asked_stages=engine.stage_layers)
-    config = transformer_config(arch, engine)
+    groups = options.groups
+    groups.layout.check(arch, stages=options.stage_layers)
+    config = transformer_config(arch, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of absent fused kernels; engine_choice() says it in one line
         model = HeadlessGPT(
             config=config,
             transformer_layer_spec=_block_spec(config, groups.device),
-            vocab_size=arch.padded_vocab_size(groups.tp_size),
+            vocab_size=groups.layout.padded_vocab_size(arch),
             max_sequence_length=arch.seq_length,
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,
@@ -162,5 +163,5 @@ def build_model(arch: ModelArch, engine: Engine) -> HeadlessGPT:
             rotary_base=int(arch.rotary_base),
         )
     # One formula for every family: Megatron's own Llama-3 scaling fixes the original context length at 8192.
-    model.rotary_pos_emb.inv_freq = arch.rotary_inverse_frequencies().to(groups.device)
-    return model.to(device=groups.device, dtype=engine.dtype)
+    model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(arch).to(groups.device)
+    return model.to(device=groups.device, dtype=options.dtype)

@@ -1,33 +1,19 @@
-"""One global batch through the pipeline: forward and backward (1F1B), or forward only."""
+"""Micro-batches through the pipeline: forward and backward (1F1B), or forward only."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from minitron_nemo.distillation.head import HeadLoss
 from minitron_nemo.engine.model import HeadlessGPT
-from minitron_nemo.parallel import Groups
+from minitron_nemo.losses.output import TOKENS, LossOutput
 
 Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each
-
-
-class Objective(Protocol):
-    """What training minimizes: prepares a context for every micro-batch, then turns hidden states into a loss."""
-
-    head: HeadLoss
-    has_teacher: bool
-
-    def contexts(self, batches: list[Batch]) -> Iterator[Any]:
-        """One context for each micro-batch, in order; the teacher's hidden states in distillation.
-
-        Not a generator function: what it sends between pipeline stages must be sent before the schedule starts.
-        """
-
-    def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Any) -> tuple[Tensor, Tensor]:
-        """(loss summed over tokens, sums [tokens, forward KL, cross-entropy, agreement]); last stage only."""
+GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
+# (the model, its hidden states [s, b, h], the micro-batch, its context) -> the loss; called on the last stage only
+GetLoss = Callable[[HeadlessGPT, Tensor, Batch, Any], LossOutput]
 
 
 def unwrap(model: Any) -> HeadlessGPT:
@@ -37,28 +23,25 @@ def unwrap(model: Any) -> HeadlessGPT:
     return model
 
 
-def run_batch(model: Any, batches: list[Batch], objective: Objective, *, groups: Groups, train: bool) -> Tensor:
-    """Sums over the whole global batch, known on every rank; gradients accumulate when `train`.
+def run_schedule(
+    model: Any, batches: list[Batch], *, contexts: Iterable[Any], loss: GetLoss, train: bool
+) -> list[dict[str, Tensor]]:
+    """The sums of every micro-batch's loss on the last stage, an empty list elsewhere.
 
-    Returns [tokens, forward KL, cross-entropy, agreement] in float64.
+    `contexts` has one item for each micro-batch, taken when it is needed. When `train`, gradients of the summed loss
+    accumulate in the model.
     """
 
     def forward_step(items: Iterator, part: Any) -> tuple[Tensor, Callable]:
         batch, context = next(items)
-        hidden_SBH = _forward(part, batch)
 
-        def loss(output_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, sums = objective.loss(unwrap(part), output_SBH, batch, context)
-            return total, sums[0].to(torch.int), sums
+        def finish(hidden_SBH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            output = loss(unwrap(part), hidden_SBH, batch, context)
+            return output.total, output.sums[TOKENS].to(torch.int), output.sums
 
-        return hidden_SBH, loss
+        return _forward(part, batch), finish
 
-    contexts = objective.contexts(batches)
-    records = _schedule(model, zip(batches, contexts, strict=True), forward_step, batches, not train)
-    sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
-    if groups.is_last_stage:
-        sums += torch.stack(records).sum(dim=0)
-    return groups.sum_over_data_ranks(sums)
+    return _schedule(model, zip(batches, contexts, strict=True), forward_step, batches, not train)
 
 
 def forward_hidden(model: Any, batches: list[Batch]) -> list[Tensor]:
@@ -79,7 +62,7 @@ def _forward(model: Any, batch: Batch) -> Tensor:
 
 def _schedule(
     model: Any, items: Iterable, forward_step: Callable, batches: list[Batch], forward_only: bool, **options: Any
-) -> list[Tensor]:
+) -> list[Any]:
     micro_batch_size, seq_length = batches[0]["tokens"].shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,

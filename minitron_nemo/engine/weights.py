@@ -1,6 +1,6 @@
 """Between this rank's parameters and the logical tensors of a checkpoint, for any tensor/pipeline layout.
 
-One rule per parameter comes from the table in `minitron_nemo.parameters`; nothing else knows how a tensor is split.
+Where a rank's part lies in a logical tensor is said by the packing of the dimension that is split; nothing else knows.
 """
 
 import re
@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.checkpoint.nemo import NemoFolder
-from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.source import TensorSource
+from minitron_nemo.checkpoint.torch_dist import TorchDistWriter, write_metadata
+from minitron_nemo.checkpoint.torch_dist_weights import stored_box
+from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import HeadlessGPT
-from minitron_nemo.parallel import Groups
-from minitron_nemo.parameters import EMBEDDING, LAYER, OUTPUT, Parameter, parameters
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.tensors import EMBEDDING, LAYER, OUTPUT, LogicalTensor, logical_tensors
 
 # Without Transformer Engine the norms are modules of their own; in a checkpoint they carry its names.
 _LOCAL_NORMS = {
@@ -26,72 +28,58 @@ _LOCAL_NORMS = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A block of one local parameter and where it lies in the logical tensor (per layer, vocabulary padded)."""
+class LocalPiece:
+    """A block of one local parameter and where it begins in the logical tensor, the vocabulary's padding included."""
 
-    parameter: Parameter
-    layer: int | None
+    logical: LogicalTensor
     local: Tensor
     offset: tuple[int, ...]
 
 
-def logical_shape(parameter: Parameter, arch: ModelArch, tp: int) -> tuple[int, ...]:
-    """Shape of the logical tensor as this layout stores it: with the vocabulary's padding rows."""
-    shape = parameter.shape(arch)
-    return (arch.padded_vocab_size(tp), *shape[1:]) if parameter.key in (EMBEDDING, OUTPUT) else shape
-
-
-def local_pieces(model: HeadlessGPT, arch: ModelArch, groups: Groups) -> Iterator[Piece]:
+def local_pieces(model: HeadlessGPT, arch: ModelArch, groups: Groups) -> Iterator[LocalPiece]:
     """Every block of logical tensors that this rank holds, as views of its parameters."""
-    table = {row.key: row for row in parameters(arch)}
-    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, local in model.named_parameters():
-        key, layer = name, None
-        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            layer = int(match[1]) + offset
-            rest = match[2]
-            for ours, stored in _LOCAL_NORMS.items():
-                rest = rest.replace(ours, stored)
-            key = f"{LAYER}.{rest}"
-        if key == OUTPUT and key not in table:
-            key = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
-        yield from _blocks(table[key], layer, local.data, groups)
+    table = logical_tensors(arch)
+    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        logical_name = _logical_name(name, first_layer)
+        if logical_name == OUTPUT and OUTPUT not in table:
+            logical_name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
+        yield from _pieces(table[logical_name], parameter.data, groups)
 
 
-def _blocks(parameter: Parameter, layer: int | None, local: Tensor, groups: Groups) -> Iterator[Piece]:
-    """The whole local tensor, or its gate and up halves, which lie apart in the logical tensor."""
-    start = [0] * local.dim()
-    if parameter.split is None:
-        yield Piece(parameter, layer, local, tuple(start))
+def _logical_name(name: str, first_layer: int) -> str:
+    """The name of the logical tensor that a local parameter is a part of; layers are numbered over the whole model."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return name
+    rest = match[2]
+    for ours, stored in _LOCAL_NORMS.items():
+        rest = rest.replace(ours, stored)
+    return f"{LAYER}.{int(match[1]) + first_layer}.{rest}"
+
+
+def _pieces(logical: LogicalTensor, local: Tensor, groups: Groups) -> Iterator[LocalPiece]:
+    dim, offset = logical.row.split, [0] * local.dim()
+    if dim is None:
+        yield LocalPiece(logical, local, tuple(offset))
         return
-    dim = parameter.split
-    halves = 2 if parameter.dims[dim].packing == "gated" else 1
-    size = local.shape[dim] // halves
-    for half in range(halves):
-        start[dim] = half * size * groups.tp_size + groups.tp_rank * size
-        yield Piece(parameter, layer, local.narrow(dim, half * size, size), tuple(start))
-
-
-def load_weights(model: HeadlessGPT, source: NemoFolder, groups: Groups) -> None:
-    """Fill this rank's parameters from a checkpoint of any layout; vocabulary padding rows become zero."""
-    read_weights(model, source.reader, source.arch, groups)
+    packing, size = logical.row.dims[dim], local.shape[dim]
+    for piece in packing.tensor_parallel_pieces(size, rank=groups.tp_rank, tp=groups.layout.tp):
+        offset[dim] = piece.start
+        yield LocalPiece(logical, local.narrow(dim, piece.local, piece.length), tuple(offset))
 
 
 @torch.no_grad()
-def read_weights(model: HeadlessGPT, reader: TorchDistReader, arch: ModelArch, groups: Groups) -> None:
-    """As `load_weights`, from a bare torch_dist folder."""
-    for piece in local_pieces(model, arch, groups):
+def load_weights(model: HeadlessGPT, source: TensorSource, groups: Groups) -> None:
+    """Fill this rank's parameters from a source of any layout; vocabulary padding rows become zero."""
+    for piece in local_pieces(model, source.arch, groups):
         rows = piece.local.shape[0]
-        if piece.parameter.key in (EMBEDDING, OUTPUT):
-            rows = max(0, min(rows, arch.vocab_size - piece.offset[0]))
+        if piece.logical.row.is_vocabulary:
+            rows = max(0, min(rows, source.arch.vocab_size - piece.offset[0]))
             piece.local[rows:].zero_()
-        if rows == 0:
-            continue
-        offset, size = piece.offset, (rows, *piece.local.shape[1:])
-        if piece.layer is not None:
-            offset, size = (piece.layer, *offset), (1, *size)
-        tensor = reader.read(piece.parameter.key, offset=offset, size=size)
-        piece.local[:rows].copy_(tensor.reshape(size[-piece.local.dim() :]))
+        if rows:
+            box = Box(piece.offset, (rows, *piece.local.shape[1:]))
+            piece.local[:rows].copy_(source.read(piece.logical.name, box))
 
 
 def write_weights(folder: Path, model: HeadlessGPT, arch: ModelArch, groups: Groups) -> dict[str, str]:
@@ -102,16 +90,24 @@ def write_weights(folder: Path, model: HeadlessGPT, arch: ModelArch, groups: Gro
     """
     writer = TorchDistWriter(folder, rank=groups.rank)
     for piece in local_pieces(model, arch, groups):
-        is_copy = piece.parameter.split is None and groups.tp_rank > 0
-        is_tied_copy = piece.parameter.key == EMBEDDING and not groups.is_first_stage
+        logical = piece.logical
+        is_copy = logical.row.split is None and groups.tp_rank > 0
+        is_tied_copy = logical.row.key == EMBEDDING and not groups.is_first_stage
         if groups.dp_rank > 0 or is_copy or is_tied_copy:
             continue
-        shape, offset, chunk = logical_shape(piece.parameter, arch, groups.tp_size), piece.offset, piece.local
-        if piece.layer is not None:
-            shape, offset, chunk = (arch.num_layers, *shape), (piece.layer, *offset), chunk[None]
-        writer.write(piece.parameter.key, chunk, global_shape=shape, offset=offset)
+        box = stored_box(logical, Box(piece.offset, tuple(piece.local.shape)))
+        shape = _padded_shape(logical, arch, groups)
+        writer.write(logical.row.key, piece.local.reshape(box.size), global_shape=shape, offset=box.offset)
     records = groups.share_json({"records": writer.close(), "name": writer.name, "sha256": writer.sha256})
     if not groups.is_main:
         return {}
     write_metadata(folder, [record for part in records for record in part["records"]])
     return {part["name"]: part["sha256"] for part in records}
+
+
+def _padded_shape(logical: LogicalTensor, arch: ModelArch, groups: Groups) -> tuple[int, ...]:
+    """Shape of the stored tensor under this layout: layers stacked, the vocabulary padded."""
+    shape = logical.shape(arch)
+    if logical.row.is_vocabulary:
+        shape = (groups.layout.padded_vocab_size(arch), *shape[1:])
+    return shape if logical.layer is None else (arch.num_layers, *shape)

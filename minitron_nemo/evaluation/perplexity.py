@@ -1,26 +1,31 @@
 """Loss, perplexity and closeness to a reference model on held-out text, under any layout."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import HeadlessGPT
-from minitron_nemo.engine.schedule import Objective, run_batch
+from minitron_nemo.engine.schedule import GetBatch
 from minitron_nemo.errors import UserError
-from minitron_nemo.parallel import Groups
+from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOKENS, TOP1_AGREEMENT
 from minitron_nemo.progress import progress
-from minitron_nemo.train import GetBatch
+from minitron_nemo.training.objectives import Objective, batch_sums, means
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens; nats for the loss and the divergence KL(reference, model)."""
+    """Means over the held-out tokens; nats for the cross-entropy and the divergence KL(reference, model).
 
-    validation_loss: float
+    Without a reference there is no divergence and no agreement: None.
+    """
+
+    cross_entropy: float
     perplexity: float
-    forward_kl: float
-    top1_agreement: float
+    forward_kl: float | None
+    top1_agreement: float | None
     held_out_tokens: int
 
 
@@ -33,23 +38,24 @@ def evaluate(
     micro_batch_size: int,
     groups: Groups,
 ) -> Evaluation:
-    """Evaluate on samples 0..`num_samples`, split over data-parallel ranks; without a reference the KL is 0.
+    """Evaluate on samples 0..`num_samples`, split over data-parallel ranks.
 
     `num_samples` must be a multiple of `micro_batch_size` times the data-parallel ranks.
     """
-    share = num_samples // groups.dp_size
-    sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
+    share = groups.layout.share(num_samples, micro_batch_size, name="num_samples")
+    sums: Counter[str] = Counter()
     with torch.no_grad(), progress(num_samples, "evaluate", unit="sample", enabled=groups.is_main) as bar:
-        for first in range(groups.dp_rank * share, (groups.dp_rank + 1) * share, micro_batch_size):
-            sums += run_batch(model, [batch(first, micro_batch_size)], objective, groups=groups, train=False)
-            bar.advance(micro_batch_size * groups.dp_size)
-    tokens, kl, lm, agreement = sums.tolist()
-    if not math.isfinite(kl + lm):
-        raise UserError(f"the held-out loss is not finite (cross-entropy {lm}, KL {kl}): the model has diverged")
+        for first in share.first_samples(groups.dp_rank):
+            batches = [batch(first, micro_batch_size)]
+            sums.update(batch_sums(model, batches, objective, groups=groups, train=False))
+            bar.advance(micro_batch_size * groups.layout.dp)
+    if not math.isfinite(sums[LOSS] + sums[CROSS_ENTROPY]):
+        raise UserError(f"the held-out loss is not finite ({dict(sums)}): the model has diverged")
+    result = means(sums)
     return Evaluation(
-        validation_loss=lm / tokens,
-        perplexity=math.exp(min(lm / tokens, 700.0)),
-        forward_kl=kl / tokens,
-        top1_agreement=agreement / tokens,
-        held_out_tokens=int(tokens),
+        cross_entropy=result[CROSS_ENTROPY],
+        perplexity=math.exp(min(result[CROSS_ENTROPY], 700.0)),
+        forward_kl=result.get(FORWARD_KL),
+        top1_agreement=result.get(TOP1_AGREEMENT),
+        held_out_tokens=int(sums[TOKENS]),
     )

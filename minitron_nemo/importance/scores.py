@@ -1,11 +1,13 @@
 """The importance scores of a model: one record, and the two files it is kept in.
 
-`scores.safetensors` has one float64 tensor per axis and layer (`hidden_size`, `num_layers`,
-`ffn_hidden_size.layer_00`, `num_attention_heads.layer_00`, ...; layers from 0). `scores.json` has what the scores were
-made from and a table for the eye, layers from 1 as in the paper.
+`scores.safetensors` has one float64 tensor per axis, and per layer where every layer ranks its own units
+(`hidden_size`, `num_layers`, `ffn_hidden_size.layer_00`, `num_attention_heads.layer_00`, ...; layers from 0).
+`scores.json` has what the scores were made from and a table for the eye, layers from 1 as in the paper. It lists the
+scored axes when they are others than the first four.
 """
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.arch import ModelArch
 from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import AXES, FIRST_AXES, Axis
 
 SCHEMA_VERSION = 1
 TENSORS_FILE = "scores.safetensors"
@@ -28,23 +31,19 @@ FACTS = {
     "batch_aggregation": str,
     "data_fingerprint": str,
 }
-PER_LAYER_AXES = ("ffn_hidden_size", "num_attention_heads")
-AXES = ("num_layers", "hidden_size", *PER_LAYER_AXES)
 AGAIN = "run estimate_importance again"
 
 
 @dataclass(frozen=True, eq=False)
 class ImportanceScores:
-    """Scores of every prunable unit of the model `arch`: higher matters more. Float64 on CPU.
+    """Scores of every unit of the axes of the model `arch` that were scored: higher matters more. Float64 on CPU.
 
-    Raises UserError when a score is missing or not a finite number.
+    `by_axis[axis]` is [num_layers, units] where every layer ranks its own units, else [units]; that of the layers is
+    their block importance. Raises UserError when a score has another shape or is not a finite number.
     """
 
     arch: ModelArch
-    hidden_size: Tensor  # [hidden_size]
-    ffn_hidden_size: Tensor  # [num_layers, ffn_hidden_size]
-    num_attention_heads: Tensor  # [num_layers, num_attention_heads]
-    num_layers: Tensor  # [num_layers], block importance
+    by_axis: dict[str, Tensor]
     num_samples: int
     seq_length: int
     sequence_aggregation: str
@@ -52,37 +51,43 @@ class ImportanceScores:
     data_fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            units, scores = getattr(self.arch, axis), getattr(self, axis)
-            shape = (self.arch.num_layers, units) if axis in PER_LAYER_AXES else (units,)
+        for name, scores in self.by_axis.items():
+            if name not in AXES:
+                raise UserError(f"importance of {name}: not a prunable axis; there are {', '.join(AXES)}")
+            units = AXES[name].size(self.arch)
+            shape = (self.arch.num_layers, units) if AXES[name].per_layer else (units,)
             if tuple(scores.shape) != shape:
-                raise UserError(f"importance of {axis}: shape {list(scores.shape)}, the model needs {list(shape)}")
+                raise UserError(f"importance of {name}: shape {list(scores.shape)}, the model needs {list(shape)}")
             if not torch.isfinite(scores).all():
-                raise UserError(f"importance of {axis}: not all finite; check the checkpoint's weights, estimate again")
+                raise UserError(f"importance of {name}: not all finite; check the checkpoint's weights, estimate again")
+
+    def __getitem__(self, axis: str) -> Tensor:
+        """The scores of an axis. Raises UserError when it was not scored."""
+        if axis not in self.by_axis:
+            raise UserError(f"importance of {axis}: not scored, only {', '.join(self.by_axis)}; {AGAIN}")
+        return self.by_axis[axis]
 
     def tensors(self) -> dict[str, Tensor]:
-        """One named tensor per axis, and per layer where an axis is ranked in each layer."""
-        named = {"num_layers": self.num_layers, "hidden_size": self.hidden_size}
-        for axis in PER_LAYER_AXES:
-            named |= {_layer_name(axis, layer): row for layer, row in enumerate(getattr(self, axis))}
+        """One named tensor per axis, and per layer where every layer ranks its own units."""
+        named: dict[str, Tensor] = {}
+        for name, scores in self.by_axis.items():
+            keys = _tensor_names(AXES[name], self.arch)
+            named |= dict(zip(keys, scores if AXES[name].per_layer else [scores], strict=True))
         return {name: tensor.to("cpu", torch.float64).contiguous() for name, tensor in named.items()}
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per layer, counted from 1: block importance, every head, the spread of the neurons."""
-        rows = []
-        for layer in range(self.arch.num_layers):
-            neurons = self.ffn_hidden_size[layer]
-            rows.append({
-                "layer": layer + 1,
-                "block_importance": _rounded(self.num_layers[layer]),
-                "num_attention_heads": [_rounded(score) for score in self.num_attention_heads[layer]],
-                "ffn_hidden_size": {
-                    "min": _rounded(neurons.min()),
-                    "median": _rounded(neurons.median()),
-                    "max": _rounded(neurons.max()),
-                },
-            })  # fmt: skip
-        return rows
+        """A row per layer, counted from 1: block importance, each head, the spread of the neurons."""
+        axes = [axis for name, axis in AXES.items() if name in self.by_axis]
+        per_layer = [axis for axis in axes if axis.per_layer]
+        columns: list[tuple[str, str, Callable[[Tensor], Any]]] = [
+            *(("block_importance", axis.name, _rounded) for axis in axes if axis.is_layers),
+            *((axis.name, axis.name, _each) for axis in per_layer if axis.within is not None),
+            *((axis.name, axis.name, _spread) for axis in per_layer if axis.within is None),
+        ]
+        return [
+            {"layer": layer + 1, **{title: show(self[axis][layer]) for title, axis, show in columns}}
+            for layer in range(self.arch.num_layers)
+        ]
 
     def write(self, folder: Path | str) -> None:
         """Writes both files into an existing folder."""
@@ -90,6 +95,7 @@ class ImportanceScores:
             "schema_version": SCHEMA_VERSION,
             **{name: getattr(self, name) for name in FACTS},
             "arch": self.arch.to_dict(),
+            **({} if set(self.by_axis) == set(FIRST_AXES) else {"axes": list(self.by_axis)}),
             "layers": self.table(),
         }
         save_file(self.tensors(), Path(folder) / TENSORS_FILE)
@@ -102,33 +108,44 @@ def read_scores(folder: Path | str) -> ImportanceScores:
     facts = _read_facts(facts_path)
     arch = ModelArch.from_dict(facts["arch"], source=str(facts_path))
     tensors = _read_tensors(tensors_path)
-
-    def take(name: str) -> Tensor:
-        if name not in tensors:
-            raise UserError(f"tensor {name!r} is missing; {AGAIN}")
-        return tensors[name].to(torch.float64)
-
-    def take_layers(axis: str) -> Tensor:
-        rows = [take(_layer_name(axis, layer)) for layer in range(arch.num_layers)]
-        if len({tuple(row.shape) for row in rows}) != 1:
-            raise UserError(f"layers of {axis} differ in shape; {AGAIN}")
-        return torch.stack(rows)
-
     try:
         return ImportanceScores(
             arch=arch,
-            num_layers=take("num_layers"),
-            hidden_size=take("hidden_size"),
-            ffn_hidden_size=take_layers("ffn_hidden_size"),
-            num_attention_heads=take_layers("num_attention_heads"),
+            by_axis=_by_axis(tensors, facts.get("axes", FIRST_AXES), arch=arch),
             **{name: facts[name] for name in FACTS},
         )
     except UserError as error:
         raise UserError(f"{tensors_path}: {error}") from None
 
 
-def _layer_name(axis: str, layer: int) -> str:
-    return f"{axis}.layer_{layer:02d}"
+def _by_axis(tensors: Mapping[str, Tensor], names: Iterable[str], *, arch: ModelArch) -> dict[str, Tensor]:
+    """The scores of these axes; refuses a tensor too few or too many by its name."""
+    keys = {name: _tensor_names(AXES[name], arch) for name in names}
+    wanted = [key for axis_keys in keys.values() for key in axis_keys]
+    if missing := [key for key in wanted if key not in tensors]:
+        raise UserError(f"tensor {missing[0]!r} is missing; {AGAIN}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"tensor {unknown[0]!r} is of no axis of this model; {AGAIN}")
+    by_axis = {}
+    for name, axis_keys in keys.items():
+        rows = [tensors[key].to(torch.float64) for key in axis_keys]
+        if len({tuple(row.shape) for row in rows}) != 1:
+            raise UserError(f"layers of {name} differ in shape; {AGAIN}")
+        by_axis[name] = torch.stack(rows) if AXES[name].per_layer else rows[0]
+    return by_axis
+
+
+def _tensor_names(axis: Axis, arch: ModelArch) -> list[str]:
+    """Where the file keeps the scores of an axis."""
+    return [f"{axis.name}.layer_{i:02d}" for i in range(arch.num_layers)] if axis.per_layer else [axis.name]
+
+
+def _each(scores: Tensor) -> list[float]:
+    return [_rounded(score) for score in scores]
+
+
+def _spread(scores: Tensor) -> dict[str, float]:
+    return {"min": _rounded(scores.min()), "median": _rounded(scores.median()), "max": _rounded(scores.max())}
 
 
 def _rounded(score: Tensor) -> float:
@@ -145,6 +162,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
     for name, kind in FACTS.items():
         if type(facts.get(name)) is not kind:
             raise UserError(f"{path}: {name}={facts.get(name)!r} is not of type {kind.__name__}; {AGAIN}")
+    axes = facts.get("axes", list(FIRST_AXES))
+    if not isinstance(axes, list) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
+        raise UserError(f"{path}: axes={axes!r}: allowed are {', '.join(AXES)}; {AGAIN}")
     return facts
 
 

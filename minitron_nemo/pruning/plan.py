@@ -1,94 +1,75 @@
 """The pruning plan: which units of the source stay, for every axis; a file that a person can read.
 
-Indices count from 0 and ascend, so a pruned model keeps the order of its source. Width is cut evenly: every kept
-layer has the same sizes, and every query group keeps the same number of heads, each layer choosing its own units.
+Units count from 0 and ascend, so a pruned model keeps the order of its source. Width is cut evenly: every kept layer
+has the same sizes, and every query group keeps the same number of heads, each layer choosing its own units.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from minitron_nemo.arch import AXES, ModelArch
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.scores import ImportanceScores
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import AXES, FIRST_AXES, Axis, blocks_first, shrink
 
 SCHEMA_VERSION = 1
-UNPRUNED_AXES = ("vocab_size",)
 
 Units = tuple[int, ...]
+Rows = tuple[Units, ...]
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Kept units of `source` that make `target`. Raises UserError when they do not."""
+    """Kept units of `source` that make `target`. Raises UserError when they do not.
+
+    `keep` has every axis of the registry: one row of units of the source for each kept layer where every layer keeps
+    its own, else one row for the model.
+    """
 
     source: ModelArch
     target: ModelArch
-    layers: Units  # [target.num_layers] kept layers of the source
-    hidden_size: Units  # [target.hidden_size], the same in every layer
-    ffn_hidden_size: tuple[Units, ...]  # for each kept layer
-    num_attention_heads: tuple[Units, ...]  # for each kept layer; heads over all groups
+    keep: dict[str, Rows]
 
     def __post_init__(self) -> None:
-        if self.target != _shrunk(self.source, self.target):
+        if self.target != shrunk(self.source, self.target):
             raise UserError(f"plan: the target differs from its source in more than {', '.join(AXES)}")
-        self._check_units("num_layers", self.layers)
-        self._check_units("hidden_size", self.hidden_size)
-        for axis in ("ffn_hidden_size", "num_attention_heads"):
-            rows = getattr(self, axis)
-            if len(rows) != self.target.num_layers:
-                raise UserError(f"plan: {axis} lists {len(rows)} layers, the target has {self.target.num_layers}")
-            for row in rows:
-                self._check_units(axis, row)
-        for row in self.num_attention_heads:
-            groups = [head // self.source.heads_per_group for head in row]
-            if any(groups.count(group) != self.target.heads_per_group for group in range(self.source.num_query_groups)):
-                raise UserError(
-                    f"plan: num_attention_heads keeps {list(row)}, but every query group of "
-                    f"{self.source.heads_per_group} heads must keep {self.target.heads_per_group}"
-                )
+        _check_fields(self.keep, AXES, "plan: keep")
+        for axis in blocks_first():
+            rows = self.keep[axis.name]
+            if len(rows) != (wanted := num_rows(axis, self.target)):
+                found = "layers, the target has" if axis.per_layer else "rows of units, there must be"
+                raise UserError(f"plan: {axis.name} lists {len(rows)} {found} {wanted}")
+            for layer, row in enumerate(rows):
+                within = None if axis.within not in AXES else self.units(axis.within, layer)
+                axis.check_units(row, source=self.source, target=self.target, within=within)
 
-    def _check_units(self, axis: str, units: Units) -> None:
-        size, wanted = getattr(self.source, axis), getattr(self.target, axis)
-        if len(units) != wanted:
-            raise UserError(f"plan: {axis} keeps {len(units)} units, the target has {wanted}")
-        ascending = all(a < b for a, b in zip(units, units[1:], strict=False))
-        if not ascending or units[0] < 0 or units[-1] >= size:
-            raise UserError(f"plan: {axis} must list units of 0..{size - 1} in ascending order, each once")
+    @property
+    def layers(self) -> Units:
+        """Kept layers of the source."""
+        return self.keep["num_layers"][0]
 
-    def keep(self, axis: str, *, layer: int | None) -> Units | None:
-        """Kept units of an axis in kept layer `layer`; None where everything stays. KeyError for an unknown axis."""
-        if axis in UNPRUNED_AXES:
-            return None
-        if axis == "hidden_size":
-            return self.hidden_size
-        if axis in ("ffn_hidden_size", "num_attention_heads") and layer is not None:
-            rows: tuple[Units, ...] = getattr(self, axis)
-            return rows[layer]
-        raise KeyError(axis)
+    def units(self, axis: str, layer: int | None = None) -> Units:
+        """Kept units of an axis in kept layer `layer`. KeyError where the plan keeps none or needs a layer."""
+        if axis not in self.keep:
+            raise KeyError(f"{axis!r} is in no plan")
+        if not AXES[axis].per_layer:
+            return self.keep[axis][0]
+        if layer is None:
+            raise KeyError(f"every layer keeps its own units of {axis!r}")
+        return self.keep[axis][layer]
 
     def then(self, second: "PruningPlan") -> "PruningPlan":
         """The one plan that does what this one and then `second` do."""
         second.check_source(self.target)
-
-        def compose(rows: tuple[Units, ...], second_rows: tuple[Units, ...]) -> tuple[Units, ...]:
-            pairs = zip(second.layers, second_rows, strict=True)
-            return tuple(tuple(rows[layer][unit] for unit in units) for layer, units in pairs)
-
-        return PruningPlan(
-            source=self.source,
-            target=second.target,
-            layers=tuple(self.layers[layer] for layer in second.layers),
-            hidden_size=tuple(self.hidden_size[unit] for unit in second.hidden_size),
-            ffn_hidden_size=compose(self.ffn_hidden_size, second.ffn_hidden_size),
-            num_attention_heads=compose(self.num_attention_heads, second.num_attention_heads),
-        )
+        keep = {}
+        for name, axis in AXES.items():
+            layers = second.layers if axis.per_layer else [None]
+            chosen = zip(layers, second.keep[name], strict=True)
+            keep[name] = tuple(_units_of(self.units(name, layer), row) for layer, row in chosen)
+        return PruningPlan(self.source, second.target, keep)
 
     def check_source(self, arch: ModelArch, *, name: str = "plan.json") -> None:
         """Refuses a checkpoint of another shape than the one the plan was made for."""
@@ -104,26 +85,18 @@ class PruningPlan:
 
     def describe(self) -> str:
         """What changes, on one line."""
-        changes = [
-            f"{axis} {getattr(self.source, axis)} -> {getattr(self.target, axis)}"
-            for axis in AXES
-            if getattr(self.source, axis) != getattr(self.target, axis)
-        ]
+        sizes = {name: (axis.size(self.source), axis.size(self.target)) for name, axis in AXES.items()}
+        changes = [f"{name} {before} -> {after}" for name, (before, after) in sizes.items() if before != after]
         if dropped := self.dropped_layers():
             changes.append(f"layers dropped, counted from 1: {', '.join(map(str, dropped))}")
         return "; ".join(changes) or "nothing pruned"
 
     def to_json(self) -> str:
-        """The plan as JSON, each list of indices on one line."""
-
-        def rows(values: Sequence[Units]) -> str:
-            return "[\n" + ",\n".join(f"      {json.dumps(row)}" for row in values) + "\n    ]"
-
+        """The plan as JSON, each list of units on one line."""
         keep = {
-            "num_layers": json.dumps(self.layers),
-            "hidden_size": json.dumps(self.hidden_size),
-            "ffn_hidden_size": rows(self.ffn_hidden_size),
-            "num_attention_heads": rows(self.num_attention_heads),
+            name: _rows_json(self.keep[name]) if axis.per_layer else json.dumps(self.keep[name][0])
+            for name, axis in AXES.items()
+            if name in FIRST_AXES or axis.size(self.source) != axis.size(self.target)
         }
         fields = {
             "schema_version": str(SCHEMA_VERSION),
@@ -138,108 +111,72 @@ class PruningPlan:
         Path(path).write_text(self.to_json(), encoding="ascii")
 
 
+def shrunk(source: ModelArch, target: ModelArch) -> ModelArch:
+    """The source with the target's sizes: the target, when pruning can make it. UserError for a size it cannot make."""
+    return shrink(source, **{name: axis.size(target) for name, axis in AXES.items()})
+
+
+def num_rows(axis: Axis, target: ModelArch) -> int:
+    """Rows of units that a plan has of an axis."""
+    return target.num_layers if axis.per_layer else 1
+
+
+def everything(axis: Axis, *, source: ModelArch, target: ModelArch) -> Rows:
+    """The rows of an axis that keep all of it."""
+    return (tuple(range(axis.size(source))),) * num_rows(axis, target)
+
+
 def identity(arch: ModelArch) -> PruningPlan:
     """The plan that keeps everything."""
-    return PruningPlan(
-        source=arch,
-        target=arch,
-        layers=tuple(range(arch.num_layers)),
-        hidden_size=tuple(range(arch.hidden_size)),
-        ffn_hidden_size=(tuple(range(arch.ffn_hidden_size)),) * arch.num_layers,
-        num_attention_heads=(tuple(range(arch.num_attention_heads)),) * arch.num_layers,
-    )
-
-
-def make_plan(scores: ImportanceScores, target: ModelArch, *, drop_layers: Sequence[int] | None = None) -> PruningPlan:
-    """The plan that keeps the most important units of `scores.arch`; of equals, the lower index stays.
-
-    `drop_layers` counts from 1 as in the paper; unset, the layers of lowest block importance go. Channels, neurons
-    and heads are ranked by the scores of the whole source (single shot, as paper 1 found best).
-    """
-    source = scores.arch
-    if target != _shrunk(source, target):
-        raise UserError(f"target: pruning changes only {', '.join(AXES)} of the model the importance was estimated on")
-    layers = _kept_layers(scores, target.num_layers, drop_layers)
-    return PruningPlan(
-        source=source,
-        target=target,
-        layers=layers,
-        hidden_size=top_units(scores.hidden_size, target.hidden_size),
-        ffn_hidden_size=tuple(top_units(scores.ffn_hidden_size[layer], target.ffn_hidden_size) for layer in layers),
-        num_attention_heads=tuple(_top_heads(scores.num_attention_heads[layer], source, target) for layer in layers),
-    )
-
-
-def top_units(scores: Tensor, count: int) -> Units:
-    """The `count` highest of `scores` [units], lower index first among equals, ascending."""
-    ranked = torch.sort(scores, descending=True, stable=True).indices
-    return tuple(sorted(ranked[:count].tolist()))
-
-
-def _top_heads(scores: Tensor, source: ModelArch, target: ModelArch) -> Units:
-    """Ranked inside each query group, so that every key/value head keeps as many queries."""
-    per_group = scores.unflatten(0, (source.num_query_groups, source.heads_per_group))
-    return tuple(
-        group * source.heads_per_group + head
-        for group, row in enumerate(per_group)
-        for head in top_units(row, target.heads_per_group)
-    )
-
-
-def _kept_layers(scores: ImportanceScores, count: int, drop_layers: Sequence[int] | None) -> Units:
-    if drop_layers is None:
-        return top_units(scores.num_layers, count)
-    total = scores.arch.num_layers
-    kept = tuple(layer for layer in range(total) if layer + 1 not in drop_layers)
-    if len(kept) != count or len(drop_layers) != total - count:
-        raise UserError(
-            f"drop_layers={list(drop_layers)}: layers are counted from 1 to {total}, each at most once, "
-            f"and {total - count} must go to leave the target's {count}"
-        )
-    return kept
-
-
-def _shrunk(source: ModelArch, target: ModelArch) -> ModelArch:
-    return source.shrink(**{axis: getattr(target, axis) for axis in AXES})
+    return PruningPlan(arch, arch, {name: everything(axis, source=arch, target=arch) for name, axis in AXES.items()})
 
 
 def read_plan(path: Path | str) -> PruningPlan:
-    """The plan in a file. Raises UserError naming the file when it is damaged or contradicts itself."""
+    """The plan in a file. Raises UserError naming the file when it is damaged or contradicts itself.
+
+    An axis registered after the file was written keeps everything.
+    """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a plan ({reason}); give the plan.json that prune wrote") from None
     try:
-        _check_fields(values, {"schema_version", "source", "target", "keep"}, "plan")
+        _check_fields(values, ("schema_version", "source", "target", "keep"), "plan")
         if values["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"schema_version={values['schema_version']!r}, this version reads {SCHEMA_VERSION}")
-        keep = values["keep"]
-        _check_fields(keep, set(AXES), "keep")
-        return PruningPlan(
-            source=ModelArch.from_dict(values["source"], source="source"),
-            target=ModelArch.from_dict(values["target"], source="target"),
-            layers=_units(keep["num_layers"], "num_layers"),
-            hidden_size=_units(keep["hidden_size"], "hidden_size"),
-            ffn_hidden_size=_rows(keep["ffn_hidden_size"], "ffn_hidden_size"),
-            num_attention_heads=_rows(keep["num_attention_heads"], "num_attention_heads"),
-        )
+        _check_fields(values["keep"], FIRST_AXES, "keep", optional=AXES)
+        source, target = (ModelArch.from_dict(values[name], source=name) for name in ("source", "target"))
+        keep = {name: everything(axis, source=source, target=target) for name, axis in AXES.items()}
+        keep |= {name: _read_rows(rows, AXES[name]) for name, rows in values["keep"].items()}
+        return PruningPlan(source, target, keep)
     except UserError as error:
         raise UserError(f"{path}: {error}; make the plan again or correct the file") from None
 
 
-def _check_fields(values: Any, fields: set[str], name: str) -> None:
-    if not isinstance(values, dict) or set(values) != fields:
+def _units_of(units: Units, places: Units) -> Units:
+    return tuple(units[place] for place in places)
+
+
+def _check_fields(values: Any, fields: Collection[str], name: str, *, optional: Collection[str] = ()) -> None:
+    """Refuse what is no mapping with all of `fields` and nothing else, of `optional` abstaining."""
+    if not isinstance(values, dict) or not set(fields) <= set(values) <= {*fields, *optional}:
         raise UserError(f"{name} must have exactly the fields {', '.join(sorted(fields))}")
 
 
-def _units(values: Any, axis: str) -> Units:
-    if not isinstance(values, list) or any(type(unit) is not int for unit in values):
-        raise UserError(f"keep.{axis} must be a list of whole numbers")
-    return tuple(values)
+def _rows_json(rows: Rows) -> str:
+    return "[\n" + ",\n".join(f"      {json.dumps(row)}" for row in rows) + "\n    ]"
 
 
-def _rows(values: Any, axis: str) -> tuple[Units, ...]:
+def _read_rows(values: Any, axis: Axis) -> Rows:
+    if not axis.per_layer:
+        return (_read_units(values, axis),)
     if not isinstance(values, list):
-        raise UserError(f"keep.{axis} must be a list with one list of whole numbers for each kept layer")
-    return tuple(_units(row, axis) for row in values)
+        raise UserError(f"keep.{axis.name} must be a list with one list of whole numbers for each kept layer")
+    return tuple(_read_units(row, axis) for row in values)
+
+
+def _read_units(values: Any, axis: Axis) -> Units:
+    if not isinstance(values, list) or any(type(unit) is not int for unit in values):
+        raise UserError(f"keep.{axis.name} must be a list of whole numbers")
+    return tuple(values)

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from minitron_nemo.distillation.head import HeadLoss
-from minitron_nemo.parallel import Groups
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.testing import run_layout
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 37, 8, 12
@@ -57,8 +58,8 @@ def reference(case) -> tuple[Tensor, Tensor, Tensor]:
 
 def rows_of_rank(weight: Tensor, groups: Groups) -> Tensor:
     """This rank's rows; what pads the vocabulary is large, so that it shows where it takes part."""
-    rows = ROWS[groups.tp_size]
-    padded = torch.full((rows * groups.tp_size, weight.shape[1]), 9.0)
+    rows = ROWS[groups.layout.tp]
+    padded = torch.full((rows * groups.layout.tp, weight.shape[1]), 9.0)
     padded[:VOCAB] = weight
     return padded[groups.tp_rank * rows :][:rows].clone()
 
@@ -81,17 +82,17 @@ def solve(groups: Groups) -> list[dict]:
         head = HeadLoss(vocab_size=VOCAB, kl_weight=kl_weight, cross_entropy_weight=ce_weight, temperature=tau,
                         chunk_tokens=chunk, group=groups.tp)  # fmt: skip
         calls, dist.all_gather = 0, counting
-        loss, sums = head((x, w), teacher, labels_N=p["labels"], mask_N=p["mask"])
-        loss.backward()
+        output = head((x, w), teacher, labels_N=p["labels"], mask_N=p["mask"])
+        output.total.backward()
         dist.all_gather = original
         count = calls
         assert x.grad is not None
         assert w.grad is not None
-        parts = [torch.empty_like(w.grad) for _ in range(groups.tp_size)]
+        parts = [torch.empty_like(w.grad) for _ in range(groups.layout.tp)]
         dist.all_gather(parts, w.grad, group=groups.tp)
         dist.all_reduce(x.grad, group=groups.tp)
         answers.append({
-            "values": groups.share_json([loss.item().hex(), *(value.hex() for value in sums.tolist())]),
+            "values": groups.share_json([output.total.item().hex(), *(x.item().hex() for x in output.sums.values())]),
             "collectives": groups.share_json(count),
             "dx": x.grad.numpy(),
             "dw": torch.cat(parts).numpy(),
@@ -101,7 +102,7 @@ def solve(groups: Groups) -> list[dict]:
 
 @pytest.mark.parametrize("ranks", ROWS)
 def test_vocabulary_parallel_loss_is_exact(ranks):
-    for case, answer in zip(CASES, run_layout(solve, (ranks, 1, ranks, False)), strict=True):
+    for case, answer in zip(CASES, run_layout(solve, Layout(tp=ranks)), strict=True):
         loss, dx, dw = reference(case)
         ours = torch.tensor(float.fromhex(answer["values"][0][0]), dtype=torch.float64)
         torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0, msg=lambda text, case=case: f"{case}: {text}")

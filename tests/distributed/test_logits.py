@@ -3,10 +3,14 @@
 import pytest
 import torch
 from hf_models import LLAMA3_ROPE, save_tiny_hf
-from layouts import assert_same_weights, logits_and_copies
+from layouts import assert_same_weights, logits_and_copies, whole_logits
 
-from minitron_nemo.checkpoint.hf import import_hf
-from minitron_nemo.checkpoint.nemo import open_nemo
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats.hf import import_hf, open_hf
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.engine.model import BuildOptions, build_model
+from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.testing import ALONE, LAYOUTS, run_layout
 
 # Three layers do not divide over two stages; 32 original positions are far from Megatron's built-in 8192, and
@@ -17,6 +21,15 @@ MODELS = {
     "mistral": ("mistral", {}),
     "nemotron": ("nemotron", {}),
 }
+
+
+def logits_of_hf(groups, folder, tokens):
+    source = open_hf(folder)
+    model = build_model(source.arch, BuildOptions(groups=groups))
+    load_weights(model, source.weights, groups)
+    return whole_logits(model, tokens, vocab_size=source.arch.vocab_size, groups=groups).numpy()
+
+
 CHECKED = {"alone": ALONE, **{name: LAYOUTS[name] for name in ("tp2", "tp2_sp", "pp2", "tp2_pp2")}}
 
 
@@ -31,7 +44,8 @@ def imported(tmp_path_factory):
     for name, (family, overrides) in MODELS.items():
         source = save_tiny_hf(folder / f"{name}_hf", family, num_hidden_layers=3, **overrides)
         path = folder / f"{name}.nemo"
-        import_hf(source, path, fingerprint=name, config={})
+        folder_hf = open_hf(source)
+        import_hf(folder_hf, path, tensors=stream(folder_hf.weights), origin=Origin(name))
         with torch.no_grad():
             wanted = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(tokens).logits
         models[name] = (path, tokens, wanted)
@@ -50,6 +64,13 @@ def test_imported_models_equal_transformers_and_save_unchanged(layout, imported,
             torch.from_numpy(logits), wanted, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert_same_weights(open_nemo(copies[name]), open_nemo(path))
+
+
+def test_a_hugging_face_folder_is_a_source_like_any_other(imported):
+    """Its weights go into a model straight away, each rank reading its boxes."""
+    path, tokens, wanted = imported["llama"]
+    logits = run_layout(logits_of_hf, LAYOUTS["tp2"], path.with_name("llama_hf"), tokens)
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-5)
 
 
 def test_the_comparison_notices_a_wrong_rotary_scaling(imported, tmp_path):

@@ -10,8 +10,10 @@ from fake_megatron import ARCH, FakeModel, random_tapes, select_samples
 from torch import distributed
 from torch.multiprocessing import spawn
 
-from minitron_nemo.importance.accumulators import RankGroups, Spread, by_layer, merge
-from minitron_nemo.importance.listen import listening
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.distributed.spread import Spread, by_layer, merge
+from minitron_nemo.importance.hooks import listening
 
 WORLD = 4
 SAMPLES = 6
@@ -26,8 +28,8 @@ def place(rank: int, *, tp: int, dp: int) -> tuple[int, int, int]:
     return rank % tp, rank // (tp * dp), rank // tp % dp
 
 
-def groups_of(rank: int, *, tp: int, dp: int, sequence_parallel: bool) -> RankGroups:
-    mine = {}
+def groups_of(rank: int, layout: Layout) -> Groups:
+    mine, tp, dp = {}, layout.tp, layout.dp
     for i, axis in enumerate(("tp", "pp", "dp")):
         lines: dict[tuple, list[int]] = {}
         for other in range(WORLD):
@@ -38,7 +40,8 @@ def groups_of(rank: int, *, tp: int, dp: int, sequence_parallel: bool) -> RankGr
             group = distributed.new_group(ranks)  # every rank must take part in making every group
             if rank in ranks and len(ranks) > 1:
                 mine[axis] = group
-    return RankGroups(**mine, sequence_parallel=sequence_parallel)
+    tp_rank, pp_rank, dp_rank = place(rank, tp=tp, dp=dp)
+    return Groups(layout=layout, **mine, rank=rank, tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank)
 
 
 def score(tapes, *, numbers, groups, sequence, batches):
@@ -51,23 +54,23 @@ def score(tapes, *, numbers, groups, sequence, batches):
 
 def check_layout(rank: int, layout: tuple[int, int, int, bool]) -> None:
     tp, pp, dp, sequence_parallel = layout
-    tp_rank, pp_rank, dp_rank = place(rank, tp=tp, dp=dp)
-    groups = groups_of(rank, tp=tp, dp=dp, sequence_parallel=sequence_parallel)
+    groups = groups_of(rank, Layout(tp=tp, pp=pp, dp=dp, sequence_parallel=sequence_parallel))
     tapes = random_tapes(ARCH, seq=8, batch=SAMPLES, seed=7)
     # Six samples over four ranks: some ranks hear two, some one.
-    samples = slice(dp_rank, None, dp)
+    samples = slice(groups.dp_rank, None, dp)
     mine = [
-        tape.shard(rank=tp_rank, tp=tp, sequence_parallel=sequence_parallel) for tape in select_samples(tapes, samples)
+        tape.shard(rank=groups.tp_rank, tp=tp, sequence_parallel=sequence_parallel)
+        for tape in select_samples(tapes, samples)
     ]
     # Uneven stages: the first takes what is left over.
     bounds = [0, *(ARCH.num_layers - pp + 1 + stage for stage in range(pp))]
-    numbers = list(range(bounds[pp_rank] + 1, bounds[pp_rank + 1] + 1))
+    numbers = list(range(bounds[groups.pp_rank] + 1, bounds[groups.pp_rank + 1] + 1))
     for sequence, batch in AGGREGATIONS:
         (ours,) = score(mine, numbers=numbers, groups=groups, sequence=sequence, batches=[batch])
         everything = list(range(1, ARCH.num_layers + 1))
         (alone,) = score(tapes, numbers=everything, groups=None, sequence=sequence, batches=[batch])
         for axis in AXES:
-            a, b = getattr(ours, axis), getattr(alone, axis)
+            a, b = ours[axis], alone[axis]
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), f"{layout} {axis}: {a} is not {b}"
             everywhere = merge(a[None].contiguous(), Spread.SHARDED, distributed.group.WORLD)
             assert all(torch.equal(piece, a[None]) for piece in everywhere.chunk(WORLD, dim=-1)), f"{layout} {axis}"

@@ -8,22 +8,22 @@ import shutil
 import pytest
 from layouts import ORIGIN, assert_same_weights, load_model, samples
 
-from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.config import Config, OptimConfig, TrainingConfig
-from minitron_nemo.distillation.head import HeadLoss
-from minitron_nemo.engine.model import Engine
-from minitron_nemo.engine.optimizer import prepare_training
-from minitron_nemo.engine.state import CheckpointFolder, save_model
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.config.schema import OptimConfig, TrainingConfig
+from minitron_nemo.engine.model import BuildOptions
 from minitron_nemo.errors import UserError
-from minitron_nemo.objectives import LanguageModelObjective
-from minitron_nemo.runs import layout_of
+from minitron_nemo.losses.lm_head import HeadLoss
+from minitron_nemo.steps.train import layout_in_words
 from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, random_nemo, run_layout
-from minitron_nemo.train import TrainingRun, train
+from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
+from minitron_nemo.training.loop import TrainingRun, train
+from minitron_nemo.training.objectives import LanguageModelObjective
+from minitron_nemo.training.state import TrainState
 
 SEQ_LENGTH = 8
 CONFIG = TrainingConfig(
     max_steps=7, global_batch_size=2, micro_batch_size=1, optim=OptimConfig(lr=3e-3, warmup_steps=3),
-    val_check_interval=3, limit_val_batches=1, save_every_n_steps=2, save_top_k=2,
+    val_check_interval=3, limit_val_batches=1, save_every_n_steps=2, keep_latest_k=2,
 )  # fmt: skip
 STOPPED_IN = 6  # the step during which the run dies; checkpoints of steps 2 and 4 are there by then
 TIMINGS = ("tokens_per_second", "model_flops_per_second_per_rank")
@@ -43,11 +43,13 @@ def run_training(groups, path, folder, *, stop_in=None):
     log.addHandler(handler)
     source = open_nemo(path)
     arch = source.arch
-    training = prepare_training(load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, distributed=True)
+    state = TrainState.start(
+        load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, distributed_optimizer=True
+    )
 
     checkpoints = CheckpointFolder(
         folder / "checkpoints", "same run", arch, groups,
-        layout=layout_of(Config(), Engine(groups=groups)), keep=CONFIG.save_top_k,
+        layout=layout_in_words(BuildOptions(groups=groups)), keep=CONFIG.keep_latest_k,
     )  # fmt: skip
 
     def train_batch(first, count):
@@ -56,19 +58,19 @@ def run_training(groups, path, folder, *, stop_in=None):
         return samples(arch, first=first, count=count, seq_length=SEQ_LENGTH)
 
     run = TrainingRun(
-        name="model", training=training, config=CONFIG, groups=groups,
+        name="model", config=CONFIG, groups=groups,
         checkpoints=checkpoints, logs=folder / "logs", train_batch=train_batch,
         valid_batch=lambda first, count: samples(arch, first=9000 + first, count=count, seq_length=SEQ_LENGTH),
         seq_length=SEQ_LENGTH, flops_per_token=1.0, log_every_n_steps=1,
     )  # fmt: skip
     head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, group=groups.tp)
     try:
-        end = train(run, LanguageModelObjective(head))
+        train(run, state, LanguageModelObjective(head))
     except PowerCutError:
         groups.barrier()
         return [*lines, "stopped"]
-    save_model(folder / "trained.nemo", training.model, arch, groups, tokenizer=folder / "none",
-               tokens=end.consumed_tokens, origin=ORIGIN)  # fmt: skip
+    save_model(folder / "trained.nemo", state.model, arch, groups, tokenizer=folder / "none",
+               tokens=state.position.consumed_tokens, origin=ORIGIN)  # fmt: skip
     return lines
 
 

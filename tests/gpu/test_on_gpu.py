@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from minitron_nemo.checkpoint.nemo import open_nemo
-from minitron_nemo.distillation.head import HeadLoss
-from minitron_nemo.launch import run_on_ranks
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.distributed.launch import run_on_ranks
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.testing import TINY, random_batch, random_nemo
 
 pytestmark = [
@@ -16,15 +17,15 @@ pytestmark = [
 
 def final_hidden(rank, path, gpu):
     """Final hidden states [s, b, h] of a checkpoint on one rank, in float32."""
-    from minitron_nemo.engine.layout import form_groups
-    from minitron_nemo.engine.model import Engine, build_model
+    from minitron_nemo.engine.groups import form_groups
+    from minitron_nemo.engine.model import BuildOptions, build_model
     from minitron_nemo.engine.schedule import forward_hidden
     from minitron_nemo.engine.weights import load_weights
 
-    groups = form_groups(rank, tp=1, pp=1, gpu=gpu)
+    groups = form_groups(rank, Layout(), gpu=gpu)
     source = open_nemo(path)
-    model = build_model(source.arch, Engine(groups=groups)).eval()
-    load_weights(model, source, groups)
+    model = build_model(source.arch, BuildOptions(groups=groups)).eval()
+    load_weights(model, source.weights, groups)
     tokens = random_batch(source.arch, samples=2)["tokens"].to(groups.device)
     return forward_hidden(model, [{"tokens": tokens}])[0].cpu().tolist()
 
@@ -48,7 +49,8 @@ def test_head_loss_on_gpu_equals_that_on_cpu(dtype):
     for device in ("cpu", "cuda"):
         x, w = (tensor.to(device).requires_grad_() for tensor in student)
         head = HeadLoss(vocab_size=999, chunk_tokens=16)
-        loss, _ = head((x, w), tuple(t.to(device) for t in teacher), labels_N=labels.to(device), mask_N=mask.to(device))
+        beside = tuple(t.to(device) for t in teacher)
+        loss = head((x, w), beside, labels_N=labels.to(device), mask_N=mask.to(device)).total
         loss.backward()
         results.append((loss.cpu(), x.grad.cpu().float(), w.grad.cpu().float()))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2

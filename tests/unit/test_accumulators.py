@@ -8,7 +8,9 @@ import torch
 from fake_megatron import ARCH, FakeModel, random_tapes, select_samples
 from torch import nn
 
-from minitron_nemo.importance.accumulators import RankGroups, Spread, UnitAccumulator, by_layer, merge
+from minitron_nemo.distributed.spread import Spread, by_layer, merge
+from minitron_nemo.importance.accumulators import CosineSums, Hearing, UnitMoments
+from minitron_nemo.importance.criteria import scores_in_each_layer
 from minitron_nemo.importance.estimators import (
     AGGREGATIONS,
     aggregate,
@@ -17,7 +19,8 @@ from minitron_nemo.importance.estimators import (
     head_norms,
     moments,
 )
-from minitron_nemo.importance.listen import listening
+from minitron_nemo.importance.hooks import listening
+from minitron_nemo.importance.sites import LAYER, NEURONS
 
 ALL = list(range(1, ARCH.num_layers + 1))
 AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers")
@@ -28,8 +31,9 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def assert_same_scores(ours, theirs):
+    assert ours.by_axis.keys() == theirs.by_axis.keys() == set(AXES)
     for axis in AXES:
-        torch.testing.assert_close(getattr(ours, axis), getattr(theirs, axis), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours[axis], theirs[axis], rtol=1e-10, atol=1e-12)
     assert (ours.num_samples, ours.seq_length) == (theirs.num_samples, theirs.seq_length)
 
 
@@ -55,22 +59,32 @@ def test_rows_land_at_their_global_layer():
 @pytest.mark.parametrize(("sequence", "batch"), list(itertools.product(AGGREGATIONS, AGGREGATIONS)))
 def test_one_sample_at_a_time_equals_one_batch(sequence, batch):
     x_SBU = torch.randn(9, 6, 5, generator=torch.Generator().manual_seed(3))
-    together = UnitAccumulator(sequence, layers=2, units=5)
-    apart = UnitAccumulator(sequence, layers=2, units=5)
+    hearing = Hearing(layers=2, units=5, sequence_aggregation=sequence)
+    together, apart = UnitMoments(NEURONS, hearing), UnitMoments(NEURONS, hearing)
     for row in range(2):
         together.add(row, x_SBU * (row + 1))
         for b in range(6):
             apart.add(row, x_SBU[:, b : b + 1] * (row + 1))
-    ours, theirs = (
-        units.scores(batch, spread=Spread.REPLICATED, groups=RankGroups()) for units in (together, apart)
-    )  # fmt: skip
+    ours, theirs = (scores_in_each_layer([units.merged()], batch) for units in (together, apart))
+    assert ours.shape == (2, 5)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert together.heard().tolist() == apart.heard().tolist() == [[6, 54], [6, 54]]
 
 
-def test_activations_of_another_width_are_refused():
-    units = UnitAccumulator("mean", layers=1, units=5)
+@pytest.mark.parametrize(("statistic", "site"), [(UnitMoments, NEURONS), (CosineSums, LAYER)])
+def test_a_statistic_counts_samples_and_tokens_of_each_layer(statistic, site):
+    heard = statistic(site, Hearing(layers=3, units=5))
+    inputs = 2 if site is LAYER else 1
+    for row, (length, samples) in ((0, (7, 2)), (2, (3, 4)), (0, (7, 1))):
+        heard.add(row, *[torch.ones(length, samples, 5)] * inputs)
+    assert heard.heard().tolist() == [[3, 21], [0, 0], [4, 12]]
+
+
+def test_activations_of_another_width_are_refused_and_not_counted():
+    units = UnitMoments(NEURONS, Hearing(layers=1, units=5))
     with pytest.raises(ValueError, match=r"expected \[s, b, 5\]"):
         units.add(0, torch.ones(2, 3, 1))
+    assert units.heard().tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize(("sequence", "batch"), [("mean", "l2"), ("l2", "variance"), ("variance", "mean")])
@@ -83,13 +97,13 @@ def test_listening_scores_what_each_axis_is_defined_on(seed, sequence, batch):
         return aggregate(moments(aggregate(moments(x), sequence)), batch)
 
     hidden = sum(score(tape.norm_1) + score(tape.norm_2) for tape in tapes)
-    torch.testing.assert_close(scores.hidden_size, hidden)
+    torch.testing.assert_close(scores["hidden_size"], hidden)
     for layer, tape in enumerate(tapes):
-        torch.testing.assert_close(scores.ffn_hidden_size[layer], score(tape.neurons))
+        torch.testing.assert_close(scores["ffn_hidden_size"][layer], score(tape.neurons))
         torch.testing.assert_close(
-            scores.num_attention_heads[layer], score(head_norms(tape.attention, ARCH.kv_channels))
+            scores["num_attention_heads"][layer], score(head_norms(tape.attention, ARCH.kv_channels))
         )
-        torch.testing.assert_close(scores.num_layers[layer], block_importance(cosine_sum(tape.before, tape.after)))
+        torch.testing.assert_close(scores["num_layers"][layer], block_importance(cosine_sum(tape.before, tape.after)))
     assert (scores.num_samples, scores.seq_length) == (3, 6)
     assert (scores.sequence_aggregation, scores.batch_aggregation) == (sequence, batch)
 
@@ -157,8 +171,9 @@ def test_listening_does_not_keep_the_graph_of_the_activations():
             activation.requires_grad_()
     with listening(model, arch=ARCH) as statistics:
         model(tapes)
-    assert not any(units.values.requires_grad for units in statistics.units.values())
-    assert not statistics.tokens.values.requires_grad
+    heard = [statistic for axis in statistics.statistics.values() for statistic in axis]
+    assert len(heard) == 5
+    assert all(statistic.values.any() and not statistic.values.requires_grad for statistic in heard)
 
 
 @pytest.mark.parametrize("numbers", [[1, 2, 3], [1, 2, 3, 3]], ids=["missing", "twice"])
@@ -168,6 +183,26 @@ def test_a_layer_missing_or_counted_twice_is_refused(numbers):
     with listening(model, arch=ARCH) as statistics:
         model(tapes)
     with pytest.raises(RuntimeError, match="samples heard"):
+        statistics.finish()
+
+
+def test_a_site_that_missed_a_sample_is_refused_by_its_name():
+    tapes = random_tapes(ARCH, seq=4, batch=2, seed=1)
+    model = FakeModel(ALL)
+    with listening(model, arch=ARCH) as statistics:
+        model(tapes)
+        model.decoder.layers[1].mlp.linear_fc2(tapes[1].neurons)
+    with pytest.raises(RuntimeError, match=r"'ffn_hidden_size at linear_fc2': \[\[2, 8\], \[4, 16\]"):
+        statistics.finish()
+
+
+def test_a_site_that_heard_slices_of_the_sequence_is_refused():
+    tapes = random_tapes(ARCH, seq=4, batch=2, seed=1)
+    halved = [dataclasses.replace(tape, neurons=tape.neurons[:2]) for tape in tapes]
+    model = FakeModel(ALL)
+    with listening(model, arch=ARCH) as statistics:
+        model(halved)
+    with pytest.raises(RuntimeError, match="tokens equal"):
         statistics.finish()
 
 
@@ -207,5 +242,5 @@ def test_a_fused_norm_is_scored_like_the_norm_apart(normalization):
     with listening(fused, arch=arch) as statistics:
         fused(tapes)
     torch.testing.assert_close(
-        statistics.finish().hidden_size, scores_of(normed, arch=arch).hidden_size, rtol=1e-5, atol=1e-6
+        statistics.finish()["hidden_size"], scores_of(normed, arch=arch)["hidden_size"], rtol=1e-5, atol=1e-6
     )

@@ -12,13 +12,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from minitron_nemo.config import CorpusConfig, DataConfig
-from minitron_nemo.data.blend import _megatron_config, batch, build_datasets
+from minitron_nemo.config.schema import CorpusConfig
+from minitron_nemo.data.blend import Blend
+from minitron_nemo.data.datasets import _megatron_config, batch, build_datasets
 from minitron_nemo.data.prepare import prepare_corpus
 from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
 from minitron_nemo.errors import UserError
 
-DATA = DataConfig(blend={"web": 3.0, "code": 1.0}, seq_length=16, split="80,20,0")
+WEIGHTS = {"web": 3.0, "code": 1.0}
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
@@ -40,15 +41,18 @@ def world(tmp_path_factory):
     return root / "data", tokenizer
 
 
+def blend_of(prepared, tokenizer, cache):
+    return Blend(
+        WEIGHTS, prepared=prepared, cache=cache, seq_length=16, split="80,20,0", seed=5, tokenizer=tokenizer,
+        vocab_size=270,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def build(world, tmp_path):
-    def run(data=DATA, **changes):
-        prepared, tokenizer = world
-        arguments = {
-            "prepared": prepared, "cache": tmp_path / "cache", "num_train": 40, "num_valid": 8, "seed": 5,
-            "tokenizer": tokenizer, "vocab_size": 270,
-        }  # fmt: skip
-        return build_datasets(data, **{**arguments, **changes})
+    def run(*, num_train=40, num_valid=8, **changes):
+        blend = replace(blend_of(*world, tmp_path / "cache"), **changes)
+        return build_datasets(blend, num_train=num_train, num_valid=num_valid)
 
     return run
 
@@ -75,8 +79,8 @@ def test_samples_have_the_right_shapes_and_labels_are_one_token_ahead(build):
 @pytest.mark.parametrize("blend", [{"web": 1.0}, {"web": 3.0, "code": 1.0}])
 def test_samples_are_those_of_megatrons_own_builder(build, world, tmp_path, blend):
     prepared, tokenizer = world
-    train, valid = build(replace(DATA, blend=blend), num_train=200, num_valid=20)
-    config = _megatron_config(DATA, seed=5, tokenizer=tokenizer)
+    train, valid = build(weights=blend, num_train=200, num_valid=20)
+    config = _megatron_config(blend_of(prepared, tokenizer, tmp_path / "cache"))
     config.path_to_cache = str(tmp_path / "theirs")
     names = sorted(blend)
     weights = [blend[name] for name in names] if len(names) > 1 else None
@@ -103,13 +107,13 @@ def test_the_same_arguments_give_the_same_samples_with_and_without_the_cache(bui
 def test_the_seed_and_the_weights_decide_but_the_order_of_the_blend_does_not(build):
     first = all_samples(build()[0], 40)
     assert not equal(first, all_samples(build(seed=6)[0], 40))
-    assert not equal(first, all_samples(build(blend={"web": 1.0, "code": 3.0})[0], 40))
-    assert equal(first, all_samples(build(blend={"code": 2.0, "web": 6.0})[0], 40))
+    assert not equal(first, all_samples(build(weights={"web": 1.0, "code": 3.0})[0], 40))
+    assert equal(first, all_samples(build(weights={"code": 2.0, "web": 6.0})[0], 40))
 
 
 def test_weights_are_the_shares_of_the_samples(build, world):
     train, _ = build(num_train=400)
-    from_web = sum(train[i]["dataset_id"] == sorted(DATA.blend).index("web") for i in range(400))
+    from_web = sum(train[i]["dataset_id"] == sorted(WEIGHTS).index("web") for i in range(400))
     assert from_web == 300
 
 
@@ -119,14 +123,13 @@ def test_a_longer_run_within_one_pass_begins_with_the_samples_of_the_shorter(bui
 
 def test_training_and_validation_share_no_document(build, world):
     prepared, tokenizer = world
-    data = replace(DATA, blend={"web": 1.0})
-    train, valid = build(data)
+    train, valid = build(weights={"web": 1.0})
     assert not set(train.indices) & set(valid.indices)
     assert len(train.indices) + len(valid.indices) == len(IndexedDataset(str(prepared / "web")))
 
 
 def test_a_split_nobody_asks_for_is_not_built(build):
-    train, valid = build(replace(DATA, split="100,0,0"), num_valid=0)
+    train, valid = build(split="100,0,0", num_valid=0)
     assert valid is None
     assert len(train) == 40
     assert build(num_train=0)[0] is None
@@ -135,20 +138,17 @@ def test_a_split_nobody_asks_for_is_not_built(build):
 def test_a_corpus_prepared_again_is_not_read_through_the_old_indices(build, world, tmp_path):
     _, tokenizer = world
     prepared = tmp_path / "again"
-    data = replace(DATA, blend={"web": 1.0})
     make_corpus(prepared, "web", tokenizer, documents=60)
-    build(data, prepared=prepared)
+    build(weights={"web": 1.0}, prepared=prepared)
     make_corpus(prepared, "web", tokenizer, documents=20, seed=9)
-    used = all_samples(build(data, prepared=prepared)[0], 40)
-    assert equal(used, all_samples(build(data, prepared=prepared, cache=tmp_path / "fresh")[0], 40))
+    used = all_samples(build(weights={"web": 1.0}, prepared=prepared)[0], 40)
+    assert equal(used, all_samples(build(weights={"web": 1.0}, prepared=prepared, cache=tmp_path / "fresh")[0], 40))
 
 
 def _rank(rank, folder, prepared, tokenizer_folder, queue):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    train, valid = build_datasets(
-        DATA, prepared=prepared, cache=folder / "shared", num_train=40, num_valid=8, seed=5,
-        tokenizer=load_tokenizer(tokenizer_folder), vocab_size=270,
-    )  # fmt: skip
+    blend = blend_of(prepared, load_tokenizer(tokenizer_folder), folder / "shared")
+    train, valid = build_datasets(blend, num_train=40, num_valid=8)
     queue.put((rank, all_samples(train, 40)["tokens"].numpy(), all_samples(valid, 8)["tokens"].numpy()))
     dist.barrier()
     dist.destroy_process_group()
@@ -203,15 +203,15 @@ def test_an_interrupted_cache_is_not_taken_for_a_whole_one(build, monkeypatch, t
 
 def test_a_missing_corpus_is_named_with_the_way_to_make_it(build):
     with pytest.raises(UserError, match=r"blend\.books: no books\.bin .*it has code, web.*recipes/prepare_data\.py"):
-        build(blend={"books": 1.0})
+        build(weights={"books": 1.0})
     with pytest.raises(UserError, match=r"data\.blend is empty"):
-        build(blend={})
+        build(weights={})
 
 
 def test_a_blend_key_may_be_a_path(build, world, tmp_path):
     prepared, _ = world
-    by_path = build(blend={str(prepared / "web"): 1.0}, prepared=tmp_path)[0]
-    assert equal(all_samples(by_path, 40), all_samples(build(blend={"web": 1.0})[0], 40))
+    by_path = build(weights={str(prepared / "web"): 1.0}, prepared=tmp_path)[0]
+    assert equal(all_samples(by_path, 40), all_samples(build(weights={"web": 1.0})[0], 40))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_blend_key_may_be_a_path(build, world, tmp_path):
 )
 def test_too_short_a_corpus_is_refused(build, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        build(replace(DATA, **changes))
+        build(**changes)
     assert "\n" not in str(caught.value)
 
 
@@ -244,10 +244,9 @@ def test_ids_the_model_does_not_have_are_found_in_a_foreign_corpus(build, tmp_pa
     builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(tmp_path / "foreign.idx"))
     with pytest.raises(UserError, match=rf"token {position} is 270, the model has ids 0\.\.269"):
-        build(blend={str(tmp_path / "foreign"): 1.0}, num_valid=0)
-    data = replace(DATA, split="100,0,0", blend={str(tmp_path / "foreign"): 1.0})
+        build(weights={str(tmp_path / "foreign"): 1.0}, num_valid=0)
     with pytest.raises(UserError, match="tokenizer has 270 ids"):
-        build(data, num_valid=0, vocab_size=100)
+        build(weights={str(tmp_path / "foreign"): 1.0}, split="100,0,0", num_valid=0, vocab_size=100)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -258,7 +257,7 @@ def test_a_truncated_pair_is_refused_naming_the_file(build, world, tmp_path, suf
     target = tmp_path / f"web{suffix}"
     target.write_bytes(target.read_bytes()[:size])
     with pytest.raises(UserError, match=rf"web\{suffix}: .*recipes/prepare_data\.py"):
-        build(blend={"web": 1.0}, prepared=tmp_path)
+        build(weights={"web": 1.0}, prepared=tmp_path)
 
 
 def test_a_pair_and_facts_that_disagree_are_refused(build, world, tmp_path):
@@ -267,4 +266,4 @@ def test_a_pair_and_facts_that_disagree_are_refused(build, world, tmp_path):
     facts = json.loads((tmp_path / "web.json").read_text())
     (tmp_path / "web.json").write_text(json.dumps({**facts, "tokens": facts["tokens"] + 1}))
     with pytest.raises(UserError, match=r"web\.json says .* tokens, \.idx"):
-        build(blend={"web": 1.0}, prepared=tmp_path)
+        build(weights={"web": 1.0}, prepared=tmp_path)

@@ -1,87 +1,111 @@
-"""Every packing, against an independent way of saying which element belongs to which unit."""
+"""Cutting one tensor: what is whole is not copied, what does not fit is refused by the tensor's name."""
+
+import dataclasses
 
 import pytest
 import torch
+from random_scores import random_scores
+from torch import Tensor
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.parameters import FFN, FFN_GATED, HEADS, HIDDEN, QKV, Dim, Parameter, parameters
-from minitron_nemo.pruning.cuts import PACKINGS, cut, elements_to_keep
-from minitron_nemo.pruning.plan import identity
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.errors import UserError
+from minitron_nemo.pruning.cut import PrunedSource, cut
+from minitron_nemo.pruning.make_plan import make_plan
+from minitron_nemo.pruning.plan import PruningPlan, identity
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import shrink
+from minitron_nemo.shape.packing import Plain
+from minitron_nemo.shape.tensors import FFN, HIDDEN, LogicalTensor, TensorRow, logical_tensors
 
-# groups, heads per group, channels, ffn
-SHAPES = [(1, 1, 1, 1), (1, 4, 3, 5), (4, 1, 2, 8), (2, 3, 4, 6), (3, 2, 1, 7)]
-
-
-def arch_of(groups: int, heads: int, channels: int, ffn: int, **fields) -> ModelArch:
-    return ModelArch(num_layers=2, hidden_size=6, ffn_hidden_size=ffn, num_attention_heads=groups * heads,
-                     num_query_groups=groups, kv_channels=channels, vocab_size=11, seq_length=8, **fields)  # fmt: skip
-
-
-def owners(dim: Dim, arch: ModelArch) -> list[int | None]:
-    """The unit that owns each element of a dimension; None for a key or value, which belongs to none."""
-    if dim.packing == "plain":
-        return list(range(getattr(arch, dim.axis)))
-    if dim.packing == "gated":
-        return [*range(arch.ffn_hidden_size), *range(arch.ffn_hidden_size)]
-    heads = range(arch.num_attention_heads)
-    if dim.packing == "heads":
-        return [head for head in heads for _ in range(arch.kv_channels)]
-    rows: list[int | None] = []
-    for group in range(arch.num_query_groups):
-        members = [head for head in heads if head // arch.heads_per_group == group]
-        rows += [owner for owner in [*members, None, None] for _ in range(arch.kv_channels)]
-    return rows
+ARCH = ModelArch(num_layers=4, hidden_size=6, ffn_hidden_size=8, num_attention_heads=6, num_query_groups=2,
+                 kv_channels=4, vocab_size=11, seq_length=8)  # fmt: skip
+TARGET = shrink(ARCH, num_layers=3, hidden_size=4, ffn_hidden_size=5, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dim", [HIDDEN, FFN, FFN_GATED, HEADS, QKV], ids=lambda dim: f"{dim.axis}-{dim.packing}")
-@pytest.mark.parametrize("seed", range(4))
-def test_the_elements_kept_are_those_of_kept_units_and_of_none(shape, dim, seed):
-    arch = arch_of(*shape)
-    units = getattr(arch, dim.axis)
-    kept = torch.rand(units, generator=torch.Generator().manual_seed(seed)) < 0.6
-    keep = kept.nonzero().flatten()
-    owner = owners(dim, arch)
-    assert len(owner) == dim.size(arch)
-    expected = [element for element, unit in enumerate(owner) if unit is None or kept[unit]]
-    assert elements_to_keep(dim, keep, arch=arch).tolist() == expected
+class Numbered(ShapedSource):
+    """Every element of every tensor another number; weights bfloat16, norms float32."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if "norm" in name else torch.bfloat16
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(self.names().index(name))
+        tensor = torch.randn(self.shape(name), generator=generator).to(self.dtype(name))
+        return tensor if box is None else tensor[box.slices()]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_keeping_every_unit_keeps_every_element_in_place(shape):
-    arch = arch_of(*shape)
-    for parameter in [*parameters(arch), *parameters(arch_of(*shape, activation="squared_relu"))]:
-        for dim in parameter.dims:
-            everything = torch.arange(getattr(arch, dim.axis))
-            assert elements_to_keep(dim, everything, arch=arch).tolist() == list(range(dim.size(arch)))
+def some_plan(seed: int = 0) -> PruningPlan:
+    return make_plan(random_scores(ARCH, seed=seed), TARGET)
 
 
-def test_every_packing_of_the_table_has_a_cut():
-    tables = [parameters(arch_of(2, 3, 4, 6, activation=kind)) for kind in ("swiglu", "squared_relu")]
-    assert {dim.packing for table in tables for row in table for dim in row.dims} == set(PACKINGS)
+def test_a_pruned_model_is_a_source_of_the_target_shape():
+    source = PrunedSource(Numbered(ARCH), some_plan())
+    assert source.arch == TARGET
+    tensors = dict(stream(source))
+    assert list(tensors) == source.names() == list(logical_tensors(TARGET))
+    for name, tensor in tensors.items():
+        assert tuple(tensor.shape) == source.shape(name) == logical_tensors(TARGET)[name].shape(TARGET)
+        assert tensor.dtype == source.dtype(name) == (torch.float32 if "norm" in name else torch.bfloat16)
 
 
-def test_an_unknown_packing_is_refused_by_name():
-    with pytest.raises(ValueError, match="'interleaved' of ffn_hidden_size"):
-        elements_to_keep(Dim("ffn_hidden_size", "interleaved"), torch.arange(2), arch=arch_of(1, 1, 1, 4))
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_are_counted_anew_and_rows_and_columns_are_those_of_the_plan(seed):
+    plan, source = some_plan(seed), Numbered(ARCH)
+    pruned = PrunedSource(source, plan)
+    for place, layer in enumerate(plan.layers):
+        whole = source.read(f"decoder.layers.{layer}.mlp.linear_fc2.weight")
+        expected = whole[list(plan.units("hidden_size"))][:, list(plan.units("ffn_hidden_size", place))]
+        assert torch.equal(pruned.read(f"decoder.layers.{place}.mlp.linear_fc2.weight"), expected)
+    assert torch.equal(
+        pruned.read("output_layer.weight"), source.read("output_layer.weight")[:, list(plan.units("hidden_size"))]
+    )
 
 
-@pytest.mark.parametrize("axis", ["kv_channels", "num_layers", "num_query_groups"])
-def test_a_dimension_that_no_plan_covers_is_refused_with_the_parameters_name(axis):
-    arch = arch_of(2, 3, 4, 6)
-    stranger = Parameter("decoder.layers.self_attention.q_layernorm.weight", (HIDDEN, Dim(axis)), per_layer=True)
-    with pytest.raises(ValueError, match=f"q_layernorm.weight: dimension 1 follows '{axis}'"):
-        cut(torch.ones(stranger.shape(arch)), stranger, layer=0, plan=identity(arch))
+def test_a_box_is_that_part_of_the_cut_tensor():
+    pruned = PrunedSource(Numbered(ARCH), some_plan())
+    for name in pruned.names():
+        shape = pruned.shape(name)
+        box = Box(tuple(size // 3 for size in shape), tuple(size // 2 for size in shape))
+        assert torch.equal(pruned.read(name, box), pruned.read(name)[box.slices()])
 
 
-def test_an_axis_chosen_per_layer_is_refused_in_a_parameter_that_has_no_layer():
-    arch = arch_of(2, 3, 4, 6)
-    stranger = Parameter("shared.weight", (FFN,), per_layer=False)
-    with pytest.raises(ValueError, match="shared.weight"):
-        cut(torch.ones(6), stranger, layer=None, plan=identity(arch))
+def test_a_source_of_another_shape_than_the_plans_is_refused():
+    with pytest.raises(UserError, match="made for hidden_size=6, the checkpoint is hidden_size=12"):
+        PrunedSource(Numbered(dataclasses.replace(ARCH, hidden_size=12)), some_plan())
+
+
+def test_a_dimension_that_stays_whole_is_not_copied():
+    table = logical_tensors(ARCH)
+    for name, tensor in table.items():
+        whole = torch.ones(tensor.shape(ARCH))
+        assert cut(whole, tensor, plan=identity(ARCH)) is whole, name
+    narrow = make_plan(random_scores(ARCH), shrink(ARCH, ffn_hidden_size=5))
+    embedding = torch.ones(11, 6)
+    assert cut(embedding, table["embedding.word_embeddings.weight"], plan=narrow) is embedding
+
+
+@pytest.mark.parametrize("axis", ["kv_channels", "num_query_groups"])
+def test_a_dimension_that_no_plan_prunes_stays_whole(axis):
+    row = TensorRow("decoder.layers.self_attention.q_layernorm.weight", (HIDDEN, Plain(axis)), per_layer=True)
+    tensor = LogicalTensor(row, 1)
+    values, plan = torch.randn(tensor.shape(ARCH)), some_plan()
+    assert torch.equal(cut(values, tensor, plan=plan), values[list(plan.units("hidden_size"))])
+
+
+def test_layers_are_dropped_as_tensors_and_never_as_elements_of_one():
+    stranger = LogicalTensor(TensorRow("stacked.weight", (Plain("num_layers"),), per_layer=False))
+    with pytest.raises(ValueError, match=r"stacked.weight: cut to \[4\], the plan's target has \[3\]"):
+        cut(torch.ones(4), stranger, plan=some_plan())
+
+
+def test_an_axis_chosen_per_layer_is_refused_in_a_tensor_that_has_no_layer():
+    stranger = LogicalTensor(TensorRow("shared.weight", (HIDDEN, FFN), per_layer=False))
+    with pytest.raises(ValueError, match="shared.weight: dimension 1: every layer keeps its own .*'ffn_hidden_size'"):
+        cut(torch.ones(6, 8), stranger, plan=some_plan())
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes():
-    arch = arch_of(2, 3, 4, 6)
+    embedding = logical_tensors(ARCH)["embedding.word_embeddings.weight"]
     with pytest.raises(ValueError, match=r"word_embeddings.weight: shape \[16, 6\], the plan's source has \[11, 6\]"):
-        cut(torch.ones(16, 6), parameters(arch)[0], layer=None, plan=identity(arch))
+        cut(torch.ones(16, 6), embedding, plan=identity(ARCH))

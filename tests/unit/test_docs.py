@@ -1,83 +1,59 @@
 """The documentation says what the code does: every setting, every command, every file it names."""
 
 import dataclasses
-import enum
 import re
 import shlex
-import typing
 from pathlib import Path
 
 import pytest
 
-from minitron_nemo.config import CONF_DIR, DEFAULT_PLACES, Config, ModelConfig, TrainingConfig, compose
+from minitron_nemo.config.compose import CONF_DIR, compose
+from minitron_nemo.config.document import documented
+from minitron_nemo.config.rules import check_ranks, check_training
 
 ROOT = CONF_DIR.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md"), *ROOT.glob("tests/*.md")])
 CONFIGURATION = ROOT / "docs" / "configuration.md"
-# One table serves `correct_teacher.training` and `distill.training`.
-SECTIONS_SHARED = {TrainingConfig: "training", ModelConfig: "model"}
-ROW = re.compile(r"^\| `([^`]+)` \| (.+?) \| (.+?) \| (.+) \|$", re.MULTILINE)
-TYPES = {int: "int", float: "float", bool: "bool", str: "text"}
+ROW = re.compile(r"^\| `([^`]+)` \| ", re.MULTILINE)
+FLAGS = {"-m", "--multirun", "--resolve"}
+FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--cfg", "--info", "--package"}
 
 
-def _type_name(hint):
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return f"list of {_type_name(arguments[0])}"
-    if typing.get_origin(hint) is dict:
-        return f"name: {_type_name(arguments[1])}"
-    if type(None) in arguments:
-        return f"{_type_name(arguments[0])} or null"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return ", ".join(f"`{member.value}`" for member in hint)
-    return TYPES.get(hint, "section")
+def test_the_tables_of_settings_are_those_of_the_schema():
+    text = CONFIGURATION.read_text()
+    assert documented(text) == text, "run python -m minitron_nemo.config.document docs/configuration.md"
 
 
-def _default_text(field):
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
-            return "eight steps"
-    elif field.default == "???":
-        return "required"
-    else:
-        value = field.default
-    value = value.value if isinstance(value, enum.Enum) else value
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
-    return f"`{value}`"
+def test_every_setting_has_a_row():
+    """By a walk of a composed config, which knows nothing of how the tables are made."""
+    keys = set(ROW.findall(CONFIGURATION.read_text()))
+    for section, shared in (("correct_teacher.", "training"), ("distill.", "training"), ("distill.", "teacher_model")):
+        keys |= {f"{section}{key}" for key in keys if key.startswith(f"{shared}.")}
+    keys |= {f"distill.teacher_{key}" for key in keys if key.startswith("model.")}
+    for name in ("nemotron4_4b", "llama31_width"):
+        for key in _leaves(dataclasses.asdict(compose(name)), ""):
+            assert key in keys, key
 
 
-def _inner(hint):
-    """(what to add to the key, dataclass) inside a hint, None when there is none."""
-    suffix = {dict: ".<name>", list: "[]"}.get(typing.get_origin(hint), "")
-    return next(((suffix, part) for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
-
-
-def rows_of(schema=Config, prefix=""):
-    """{dotted key: (type, default)} of every setting, as docs/configuration.md writes them."""
-    rows = {}
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        key, inner = prefix + field.name, _inner(hints[field.name])
-        is_section = dataclasses.is_dataclass(hints[field.name])
-        if not is_section:
-            rows[key] = (_type_name(hints[field.name]), _default_text(field))
-        if inner is not None:
-            suffix, part = inner
-            rows |= rows_of(part, f"{SECTIONS_SHARED.get(part, key + suffix)}.")
-    return rows
-
-
-def test_every_setting_is_documented_with_its_type_and_default():
-    documented = {key: (kind, default) for key, kind, default, _ in ROW.findall(CONFIGURATION.read_text())}
-    assert documented == rows_of()
+def _leaves(values, prefix):
+    for name, value in values.items():
+        inner = isinstance(value, dict) and not (prefix + name).endswith(("blend", "corpora"))
+        yield from _leaves(value, f"{prefix}{name}.") if inner else [prefix + name]
 
 
 def test_every_default_place_is_documented():
-    text = CONFIGURATION.read_text()
-    for (section, name), place in DEFAULT_PLACES.items():
-        assert f"| `{section}.{name}` | `{place}` |" in text
+    config, text = compose("llama31_width", ["run_dir=R"]), CONFIGURATION.read_text()
+    places = dict(re.findall(r"^\| `(\w+\.\w+)` \| `([^`]+)` \|$", text, re.MULTILINE))
+    for key, value in ((f"{a}.{b}", getattr(getattr(config, a), b)) for a, b in (key.split(".") for key in places)):
+        assert value == "R/" + places[key].replace("<name of the checkpoint>", "student")
+    under_run_dir = {key for key in _leaves(dataclasses.asdict(config), "") if _at(config, key).startswith("R/")}
+    assert under_run_dir == set(places)
+
+
+def _at(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return str(config)
 
 
 def _commands():
@@ -98,14 +74,29 @@ def _commands():
     return found
 
 
+def _without_flags(words):
+    """({flag: value}, overrides) of a recipe's command line; of the values of a sweep, the first."""
+    options, overrides, words = {}, [], iter(words)
+    for word in words:
+        if word in FLAGS_WITH_VALUE or word == "--config-name":
+            options[word] = next(words, "CONFIG")
+        elif word in FLAGS:
+            options[word] = ""
+        else:
+            overrides.append(word)
+    if FLAGS & set(options):
+        overrides = [re.sub(r"^([\w.]+=[^,\[{'\"]+),.*", r"\1", text) for text in overrides]
+    return options, overrides
+
+
 def _recipe_and_config(words):
     """(recipe, config, overrides) of a command line, None where a name is a placeholder or missing."""
     for index, word in enumerate(words):
         if match := re.fullmatch(r"recipes/(\w+)\.py", word):
-            rest = words[index + 1 :]
-            if rest[:1] != ["--config-name"]:
+            options, rest = _without_flags(words[index + 1 :])
+            if "--config-name" not in options:
                 return None
-            recipe, config, overrides = match[1], rest[1], rest[2:]
+            recipe, config, overrides = match[1], options["--config-name"], rest
         elif word in ("launch/slurm.sbatch", "launch/docker.sh", "launch/enroot.sh"):
             rest = [w for w in words[index + 1 :] if w != "run"]
             if len(rest) < 2:
@@ -123,7 +114,9 @@ def _recipe_and_config(words):
 def test_every_command_in_the_docs_names_a_recipe_and_composes(recipe, config, overrides):
     assert (ROOT / "recipes" / f"{recipe}.py").is_file()
     if not any(re.fullmatch(r"\[.*|\.\.\.\]?", word) for word in overrides):
-        compose(config, overrides, recipe=recipe)
+        composed = compose(config, overrides)
+        if recipe in ("correct_teacher", "distill"):
+            check_training(getattr(composed, recipe).training, recipe, check_ranks(composed))
 
 
 def test_the_docs_have_commands_to_check():
@@ -151,6 +144,13 @@ def _tree():
 def test_the_file_tree_is_that_of_the_repository():
     listed = set(_tree())
     assert not [path for path in listed if not (ROOT / path).exists()]
-    sources = [*ROOT.glob("minitron_nemo/**/*.py"), *ROOT.glob("recipes/*.py"), *ROOT.glob("conf/*.yaml")]
+    rooms = [path.parent for path in ROOT.glob("minitron_nemo/*/__init__.py")]
+    sources = [*rooms, *ROOT.glob("minitron_nemo/*.py"), *ROOT.glob("recipes/*.py"), *ROOT.glob("conf/*.yaml")]
     names = {path.relative_to(ROOT).as_posix() for path in sources if path.name != "__init__.py"}
     assert names <= listed
+
+
+def test_the_architecture_page_names_every_room():
+    table = (ROOT / "docs" / "architecture.md").read_text().split("Libraries have doors")[0]
+    for room in ROOT.glob("minitron_nemo/*/__init__.py"):
+        assert f"| `{room.parent.name}/` |" in table

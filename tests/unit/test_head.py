@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from minitron_nemo.distillation.head import HeadLoss
+from minitron_nemo.losses.lm_head import HeadLoss
 
 
 def reference(student, teacher, labels, mask, *, tau=1.0, kl=1.0, ce=0.0):
@@ -16,9 +16,14 @@ def reference(student, teacher, labels, mask, *, tau=1.0, kl=1.0, ce=0.0):
     ce_N = cross_entropy(s, labels, reduction="none")
     loss = (mask.double() * (kl * tau**2 * divergence + ce * ce_N)).sum()
     loss.backward()
-    sums = torch.stack([mask.double().sum(), (divergence * mask).sum(), (ce_N * mask).sum(),
-                        ((s.argmax(1) == t.argmax(1)) * mask).sum()])  # fmt: skip
-    return loss.detach(), x.grad, w.grad, sums.detach()
+    sums = {
+        "tokens": mask.double().sum(),
+        "loss": loss,
+        "cross_entropy": (ce_N * mask).sum(),
+        "forward_kl": (divergence * mask).sum(),
+        "top1_agreement": ((s.argmax(1) == t.argmax(1)) * mask).sum().double(),
+    }
+    return loss.detach(), x.grad, w.grad, {name: value.detach() for name, value in sums.items()}
 
 
 def problem(tokens=23, vocab=37, hidden=8, teacher_hidden=12, scale=1.0, seed=0):
@@ -34,9 +39,9 @@ def problem(tokens=23, vocab=37, hidden=8, teacher_hidden=12, scale=1.0, seed=0)
 
 def ours(student, teacher, labels, mask, **options):
     x, w = (tensor.clone().requires_grad_() for tensor in student)
-    loss, sums = HeadLoss(**options)((x, w), teacher, labels_N=labels, mask_N=mask)
-    loss.backward()
-    return loss.detach(), x.grad, w.grad, sums
+    output = HeadLoss(**options)((x, w), teacher, labels_N=labels, mask_N=mask)
+    output.total.backward()
+    return output.total.detach(), x.grad, w.grad, output.sums
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5, 2.0])
@@ -59,7 +64,7 @@ def test_a_model_has_no_divergence_from_itself_and_no_gradient():
     assert abs(loss) < 1e-4
     assert dx.abs().max() < 1e-5
     assert dw.abs().max() < 1e-5
-    assert sums[3] == sums[0]
+    assert sums["top1_agreement"] == sums["tokens"]
 
 
 def test_divergence_is_forward_not_reverse():
@@ -103,6 +108,15 @@ def test_extreme_logits_stay_finite_and_exact(scale):
 def test_evaluation_computes_no_gradient():
     student, teacher, labels, mask = problem()
     with torch.no_grad():
-        loss, sums = HeadLoss(vocab_size=37)(student, teacher, labels_N=labels, mask_N=mask)
-    assert not loss.requires_grad
-    torch.testing.assert_close(sums, reference(student, teacher, labels, mask)[3], rtol=1e-5, atol=1e-5)
+        output = HeadLoss(vocab_size=37)(student, teacher, labels_N=labels, mask_N=mask)
+    assert not output.total.requires_grad
+    torch.testing.assert_close(output.sums, reference(student, teacher, labels, mask)[3], rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_teacher_there_is_no_divergence_to_speak_of():
+    student, _, labels, mask = problem()
+    head = HeadLoss(vocab_size=37, kl_weight=0.0, cross_entropy_weight=1.0)
+    output = head(student, labels_N=labels, mask_N=mask)
+    assert tuple(output.sums) == head.sum_names(with_teacher=False) == ("tokens", "loss", "cross_entropy")
+    assert output.sums["loss"] == output.sums["cross_entropy"]
+    assert head.sum_names(with_teacher=True)[3:] == ("forward_kl", "top1_agreement")

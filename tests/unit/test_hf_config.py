@@ -6,9 +6,9 @@ import pytest
 import torch
 from hf_models import LLAMA3_ROPE
 
-from minitron_nemo.arch import ModelArch, RopeScaling
-from minitron_nemo.checkpoint.hf_config import arch_from_config, config_from_arch
+from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
 from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch, RopeScaling
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,

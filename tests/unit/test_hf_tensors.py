@@ -10,11 +10,16 @@ from hf_models import LLAMA3_ROPE, save_tiny_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.checkpoint import hf
-from minitron_nemo.checkpoint.nemo import open_nemo, write_nemo
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats import hf
+from minitron_nemo.checkpoint.formats.hf_names import hf_tensors
+from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.errors import UserError
-from minitron_nemo.parameters import logical_tensors
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import shrink
+from minitron_nemo.shape.packing import GroupedQuery
+from minitron_nemo.shape.tensors import logical_tensors
 
 CASES = {
     "llama3": ("llama", {}),
@@ -29,9 +34,10 @@ CASES = {
 
 def convert(source, tmp_path, **options):
     """Import and export again; returns (opened .nemo, exported folder)."""
-    hf.import_hf(source, tmp_path / "x.nemo", fingerprint="f", config={})
+    folder = hf.open_hf(source)
+    hf.import_hf(folder, tmp_path / "x.nemo", tensors=stream(folder.weights), origin=Origin("f"))
     nemo = open_nemo(tmp_path / "x.nemo", verify=True)
-    hf.export_hf(nemo, tmp_path / "out", **options)
+    hf.export_hf(nemo, tmp_path / "out", origin=Origin("e"), **options)
     return nemo, tmp_path / "out"
 
 
@@ -93,78 +99,66 @@ def test_queries_keys_and_values_are_packed_by_query_group():
     arch = ModelArch(1, 8, 8, 4, 2, 3, 16, 16)
     marked = [torch.arange(heads)[:, None, None].add(start).expand(heads, 3, 8).reshape(-1, 8)
               for heads, start in ((4, 0), (2, 10), (2, 20))]  # fmt: skip
-    packed = hf.pack(marked, packing="gqa", arch=arch)
+    packed = GroupedQuery().from_hf(marked, arch)
     assert packed[:, 0].tolist() == [head for head in (0, 1, 10, 20, 2, 3, 11, 21) for _ in range(3)]
-    again = hf.unpack(packed, packing="gqa", arch=arch)
+    again = GroupedQuery().to_hf(packed, arch)
     assert all(torch.equal(a, b) for a, b in zip(again, marked, strict=True))
 
 
 def test_each_query_group_is_its_queries_then_its_key_then_its_value(tmp_path):
     """Two groups of two query heads, 12 channels each."""
-    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
+    folder = hf.open_hf(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
     tensors = all_tensors(folder.path)
     q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
-    linear_qkv = next(p for p, _ in logical_tensors(folder.arch) if p.key.endswith("linear_qkv.weight"))
     expected = torch.cat([q[:24], k[:12], v[:12], q[24:], k[12:], v[12:]])
-    assert torch.equal(folder.read(linear_qkv, 1), expected)
+    assert torch.equal(folder.weights.read("decoder.layers.1.self_attention.linear_qkv.weight"), expected)
 
 
 def test_gate_comes_before_up(tmp_path):
-    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
+    folder = hf.open_hf(save_tiny_hf(tmp_path / "in", "llama", tokenizer=False))
     tensors = all_tensors(folder.path)
-    fc1 = next(p for p, layer in logical_tensors(folder.arch) if p.key.endswith("linear_fc1.weight"))
     gate, up = (tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    assert torch.equal(folder.read(fc1, 1), torch.cat([gate, up]))
+    assert torch.equal(folder.weights.read("decoder.layers.1.mlp.linear_fc1.weight"), torch.cat([gate, up]))
 
 
 def test_each_norm_stands_before_the_matrix_it_feeds(tmp_path):
-    folder = hf.HfFolder(save_tiny_hf(tmp_path / "in", "nemotron", tokenizer=False))
+    folder = hf.open_hf(save_tiny_hf(tmp_path / "in", "nemotron", tokenizer=False))
     tensors = all_tensors(folder.path)
-    table = {p.key: p for p, _ in logical_tensors(folder.arch)}
+    names = {
+        "decoder.layers.1.self_attention.linear_qkv.layer_norm_{}": "model.layers.1.input_layernorm.{}",
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_{}": "model.layers.0.post_attention_layernorm.{}",
+        "decoder.final_layernorm.{}": "model.norm.{}",
+    }
     for part in ("weight", "bias"):
-        before_qkv = table[f"decoder.layers.self_attention.linear_qkv.layer_norm_{part}"]
-        before_fc1 = table[f"decoder.layers.mlp.linear_fc1.layer_norm_{part}"]
-        assert torch.equal(folder.read(before_qkv, 1), tensors[f"model.layers.1.input_layernorm.{part}"])
-        assert torch.equal(folder.read(before_fc1, 0), tensors[f"model.layers.0.post_attention_layernorm.{part}"])
-        assert torch.equal(folder.read(table[f"decoder.final_layernorm.{part}"]), tensors[f"model.norm.{part}"])
+        for ours, theirs in names.items():
+            assert torch.equal(folder.weights.read(ours.format(part)), tensors[theirs.format(part)])
 
 
 def test_a_pruned_model_exports_with_the_config_of_its_source(tmp_path):
     """Width-pruned: `hidden_size` shrinks and `head_dim` stays, told by the config alone."""
     from transformers import AutoModelForCausalLM
 
-    hf.import_hf(save_tiny_hf(tmp_path / "in", "llama"), tmp_path / "x.nemo", fingerprint="f", config={})
-    teacher = open_nemo(tmp_path / "x.nemo")
-    small = teacher.arch.shrink(hidden_size=24, ffn_hidden_size=40, num_layers=1)
-
-    def cut(parameter, layer):
-        return teacher.read(parameter, layer)[tuple(slice(size) for size in parameter.shape(small))]
-
-    write_nemo(tmp_path / "y.nemo", small, tensors=cut, tokenizer=teacher.path, dtype=torch.bfloat16,
-               fingerprint="f", config={}, parents={"teacher": teacher.sha256})  # fmt: skip
-    hf.export_hf(open_nemo(tmp_path / "y.nemo"), tmp_path / "out")
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    teacher, _ = convert(save_tiny_hf(tmp_path / "in", "llama"), tmp_path)
+    small = shrink(teacher.arch, hidden_size=24, ffn_hidden_size=40, num_layers=1)
+    tensors = (
+        (name, teacher.weights.read(name)[tuple(slice(size) for size in logical.shape(small))])
+        for name, logical in logical_tensors(small).items()
+    )
+    write_nemo(tmp_path / "y.nemo", small, tensors, dtype=torch.bfloat16, tokenizer=teacher.path, origin=Origin("f"))
+    hf.export_hf(open_nemo(tmp_path / "y.nemo"), tmp_path / "small", origin=Origin("e"))
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == small.num_params()
     assert model.config.rope_parameters == LLAMA3_ROPE
-    assert hf.arch_from_hf(tmp_path / "out") == small
+    assert hf.arch_from_hf(tmp_path / "small") == small
 
 
 def test_every_hugging_face_tensor_belongs_to_exactly_one_logical_tensor(tmp_path):
     for family in ("llama", "mistral", "nemotron"):
         folder = save_tiny_hf(tmp_path / family, family, tokenizer=False)
-        names = [name for name, _ in hf.hf_tensors(hf.arch_from_hf(folder))]
+        names = [name for name, _ in hf_tensors(hf.arch_from_hf(folder))]
         assert sorted(names) == sorted(all_tensors(folder))
-
-
-def test_progress_ends_at_the_total(tmp_path):
-    source = save_tiny_hf(tmp_path / "in", "llama", tokenizer=False)
-    seen = []
-    hf.import_hf(source, tmp_path / "x.nemo", fingerprint="f", config={}, progress=lambda *p: seen.append(p))
-    hf.export_hf(open_nemo(tmp_path / "x.nemo"), tmp_path / "out", progress=lambda *p: seen.append(p))
-    total = seen[-1][1]
-    assert seen == [(done, total) for done in range(1, total + 1)] * 2
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +191,14 @@ def edit(folder, change):
 def test_tensors_that_do_not_fit_the_config_are_refused_by_name(folder, change, message):
     edit(folder, change)
     with pytest.raises(UserError, match=message):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 def test_rotary_buffers_and_the_second_name_of_a_tied_table_are_tolerated(folder):
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    names = {name for name, _ in hf.hf_tensors(hf.HfFolder(folder).arch)}
+    names = {name for name, _ in hf_tensors(hf.open_hf(folder).arch)}
     assert "lm_head.weight" not in names
 
 
@@ -220,7 +214,7 @@ def shard_by_index(folder, name):
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder, name):
     shard_by_index(folder, name)
     with pytest.raises(UserError, match="names the file"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -228,7 +222,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="a link out of its folder is not followed"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 def test_the_links_of_the_hub_cache_are_followed(folder, tmp_path):
@@ -238,38 +232,38 @@ def test_the_links_of_the_hub_cache_are_followed(folder, tmp_path):
     for i, file in enumerate(sorted(folder.iterdir())):
         file.rename(blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    assert hf.HfFolder(snapshot).arch.hidden_size == 32
+    assert hf.open_hf(snapshot).arch.hidden_size == 32
 
 
 def test_a_missing_shard_and_a_shard_without_its_tensor_are_refused(folder):
     shard_by_index(folder, "b.safetensors")
     with pytest.raises(UserError, match="b.safetensors: named by model.safetensors.index.json"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
     save_file({"other": torch.zeros(1)}, folder / "b.safetensors")
     with pytest.raises(UserError, match="b.safetensors: no tensor model.embed_tokens.weight"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 7, struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{]"])
 def test_a_damaged_safetensors_file_is_refused_by_name(folder, data):
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="model.safetensors: not a readable safetensors file"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
 def test_a_damaged_config_is_refused_by_name(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: (not readable JSON|expected a JSON object)"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 def test_a_folder_without_config_or_safetensors_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="is not a Hugging Face model folder: no config.json"):
-        hf.HfFolder(tmp_path)
+        hf.open_hf(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors weights are read"):
-        hf.HfFolder(folder)
+        hf.open_hf(folder)
 
 
 def test_a_source_is_a_folder_or_a_hub_name(folder, monkeypatch):
@@ -290,10 +284,10 @@ def test_a_source_is_a_folder_or_a_hub_name(folder, monkeypatch):
 def test_an_export_replaces_an_export_only_when_asked_and_never_another_folder(tmp_path, tiny):
     nemo, out = convert(tiny, tmp_path)
     with pytest.raises(UserError, match="exists already"):
-        hf.export_hf(nemo, out)
-    hf.export_hf(nemo, out, overwrite=True)
+        hf.export_hf(nemo, out, origin=Origin("e"))
+    hf.export_hf(nemo, out, origin=Origin("e", overwrite=True))
     with pytest.raises(UserError, match="never overwritten"):
-        hf.export_hf(nemo, tiny, overwrite=True)
+        hf.export_hf(nemo, tiny, origin=Origin("e", overwrite=True))
 
 
 def test_the_scaling_of_the_tests_is_not_megatrons_default():

@@ -4,20 +4,22 @@ import json
 
 import pytest
 
-from minitron_nemo.checkpoint import manifest as m
+from minitron_nemo.artefacts import manifest as m
+from minitron_nemo.artefacts import publishing as p
+from minitron_nemo.artefacts.origin import Origin, fingerprint_of
 from minitron_nemo.errors import UserError
 
 
 def publish(path, *, content=b"one", fingerprint="f1", overwrite=False, **fields):
-    with m.publishing(path, kind="data", fingerprint=fingerprint, config={"a": 1}, parents={"teacher": "00"},
-                      overwrite=overwrite, **fields) as temp:  # fmt: skip
-        (temp / "sub").mkdir()
-        (temp / "sub" / "x.bin").write_bytes(content)
-        (temp / "y.txt").write_text("y")
+    origin = Origin(fingerprint, config={"a": 1}, parents={"teacher": "00"}, overwrite=overwrite)
+    with p.publishing(path, kind="data", origin=origin, **fields) as draft:
+        (draft.folder / "sub").mkdir()
+        (draft.folder / "sub" / "x.bin").write_bytes(content)
+        (draft.folder / "y.txt").write_text("y")
 
 
 def only_artefact(path):
-    return [p.name for p in path.parent.iterdir()] == [path.name]
+    return [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_what_is_published_is_read_back_and_verifies(tmp_path):
@@ -33,16 +35,16 @@ def test_what_is_published_is_read_back_and_verifies(tmp_path):
 
 
 def test_the_fingerprint_ignores_key_order_and_nothing_else():
-    assert m.fingerprint_of({"a": 1, "b": 2}, [3]) == m.fingerprint_of({"b": 2, "a": 1}, [3])
+    assert fingerprint_of({"a": 1, "b": 2}, [3]) == fingerprint_of({"b": 2, "a": 1}, [3])
     parts = [({"a": 1},), ({"a": 2},), ({"a": "1"},), ({"a": 1}, None), ([{"a": 1}],), ({"a": 1.0},)]
-    assert len({m.fingerprint_of(*part) for part in parts}) == len(parts)
+    assert len({fingerprint_of(*part) for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_publication_leaves_nothing(tmp_path, error):
     def fail():
-        with m.publishing(tmp_path / "data", kind="data", fingerprint="f", config={}, parents={}) as temp:
-            (temp / "x").write_text("half")
+        with p.publishing(tmp_path / "data", kind="data", origin=Origin("f")) as draft:
+            (draft.folder / "x").write_text("half")
             raise error
 
     with pytest.raises(error):
@@ -55,7 +57,7 @@ def test_a_failed_overwrite_leaves_the_old_artefact(tmp_path):
     publish(path)
     with (
         pytest.raises(RuntimeError),
-        m.publishing(path, kind="data", fingerprint="f2", config={}, parents={}, overwrite=True),
+        p.publishing(path, kind="data", origin=Origin("f2", overwrite=True)),
     ):
         raise RuntimeError
     m.verify_files(path, m.read_manifest(path, kind="data"))
@@ -142,19 +144,19 @@ def test_an_unreadable_manifest_is_refused_in_one_line(tmp_path, text):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path):
-    m.check_free_space(tmp_path / "not" / "yet", 1)
+    p.check_free_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"needs 1100000000.0 GB, .* GB are free"):
-        m.check_free_space(tmp_path / "not" / "yet", 10**18)
+        p.check_free_space(tmp_path / "not" / "yet", 10**18)
 
 
 def test_ranks_can_share_the_folder_between_begin_and_finish(tmp_path):
     path = tmp_path / "data"
-    temp = m.begin(path)
-    assert temp.parent == tmp_path
+    draft = p.begin(path, kind="data", origin=Origin("f"))
+    assert draft.folder.parent == tmp_path
     assert not path.exists()
-    (temp / "shard").write_bytes(b"abc")
-    known = {"shard": m.file_sha256(temp / "shard")}
-    manifest = m.finish(temp, path, kind="data", fingerprint="f", config={}, parents={}, hashes=known)
+    (draft.folder / "shard").write_bytes(b"abc")
+    draft.hashes["shard"] = m.file_sha256(draft.folder / "shard")
+    manifest = draft.finish()
     assert json.loads((path / "manifest.json").read_text())["files"] == manifest.files
     m.verify_files(path, manifest)
     assert len(m.manifest_sha256(path)) == 64

@@ -8,13 +8,17 @@ import pytest
 import torch
 import yaml
 
-from minitron_nemo.arch import ModelArch, RopeScaling
-from minitron_nemo.checkpoint.manifest import begin, finish
-from minitron_nemo.checkpoint.nemo import describe_folder, open_nemo, stored_shape, write_nemo
-from minitron_nemo.checkpoint.random_init import random_tensor
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.publishing import publishing
+from minitron_nemo.checkpoint.formats.nemo import describe_folder, open_nemo, write_nemo
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.random_init import RandomWeights
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.checkpoint.torch_dist import TorchDistWriter, write_metadata
+from minitron_nemo.checkpoint.torch_dist_weights import stored_shape
 from minitron_nemo.errors import UserError
-from minitron_nemo.parameters import EMBEDDING, OUTPUT, logical_tensors, parameters
+from minitron_nemo.shape.arch import ModelArch, RopeScaling
+from minitron_nemo.shape.tensors import EMBEDDING, OUTPUT, logical_tensors
 
 LLAMA = ModelArch(2, 32, 48, 4, 2, 12, 131, 64, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 512))
 NEMOTRON = dataclasses.replace(
@@ -24,12 +28,11 @@ TIED = dataclasses.replace(LLAMA, share_embeddings_and_output_weights=True)
 
 
 def source(arch, seed=1):
-    return lambda parameter, layer: random_tensor(parameter, layer, arch=arch, seed=seed)
+    return RandomWeights(arch, seed=seed)
 
 
-def make(path, arch=LLAMA, *, dtype=torch.float32, tokenizer=None, **fields):
-    write_nemo(path, arch, tensors=source(arch), tokenizer=tokenizer, dtype=dtype, fingerprint="f", config={},
-               parents={}, **fields)  # fmt: skip
+def make(path, arch=LLAMA, *, dtype=torch.float32, tokenizer=None):
+    write_nemo(path, arch, stream(source(arch)), dtype=dtype, tokenizer=tokenizer, origin=Origin("f"))
     return path
 
 
@@ -38,54 +41,58 @@ def make(path, arch=LLAMA, *, dtype=torch.float32, tokenizer=None, **fields):
 def test_every_tensor_comes_back_bit_for_bit(tmp_path, arch, dtype):
     nemo = open_nemo(make(tmp_path / "x.nemo", arch, dtype=dtype), verify=True)
     assert (nemo.arch, nemo.dtype) == (arch, dtype)
-    for parameter, layer in logical_tensors(arch):
-        assert torch.equal(nemo.read(parameter, layer), source(arch)(parameter, layer).to(dtype))
-    assert sum(nemo.read(*pair).numel() for pair in logical_tensors(arch)) == arch.num_params()
+    assert nemo.weights.names() == list(logical_tensors(arch))
+    for name in nemo.weights.names():
+        assert torch.equal(nemo.weights.read(name), source(arch).read(name).to(dtype))
+        assert (nemo.weights.shape(name), nemo.weights.dtype(name)) == (tuple(nemo.weights.read(name).shape), dtype)
+    assert sum(tensor.numel() for _, tensor in stream(nemo.weights)) == arch.num_params()
+
+
+def test_a_box_of_a_tensor_is_that_part_of_it(tmp_path):
+    weights = open_nemo(make(tmp_path / "x.nemo")).weights
+    for name in ("decoder.layers.1.mlp.linear_fc1.weight", EMBEDDING):
+        assert torch.equal(weights.read(name, Box((3, 1), (7, 4))), source(LLAMA).read(name)[3:10, 1:5])
 
 
 def test_a_tied_model_stores_one_table(tmp_path):
-    keys = open_nemo(make(tmp_path / "x.nemo", TIED)).reader.keys()
+    keys = open_nemo(make(tmp_path / "x.nemo", TIED)).weights.reader.keys()
     assert EMBEDDING in keys
     assert OUTPUT not in keys
 
 
-def test_progress_counts_every_tensor(tmp_path):
-    seen = []
-    make(tmp_path / "x.nemo", progress=lambda done, total: seen.append((done, total)))
-    total = len(logical_tensors(LLAMA))
-    assert seen == [(done, total) for done in range(1, total + 1)]
-
-
 def test_padded_and_split_weights_read_as_the_logical_tensor(tmp_path):
     """Two tensor-parallel ranks, each with its own file, the vocabulary padded to 144 rows."""
-    temp = begin(tmp_path / "x.nemo")
-    describe_folder(temp, LLAMA, torch.float32, None)
-    (temp / "model_weights").mkdir()
-    records = []
-    for rank in range(2):
-        writer = TorchDistWriter(temp / "model_weights", rank=rank)
-        for parameter, layer in logical_tensors(LLAMA):
-            shape = stored_shape(parameter, LLAMA)
-            tensor = source(LLAMA)(parameter, layer)
-            if parameter.key in (EMBEDDING, OUTPUT):
-                tensor = torch.cat([tensor, torch.full((13, 32), 9.0)])
-                shape = (144, 32)
-            offset = [0] * tensor.dim()
-            if parameter.split is not None:
-                part = tensor.shape[parameter.split] // 2
-                offset[parameter.split] = rank * part
-                tensor = tensor.narrow(parameter.split, rank * part, part)
-            elif rank == 1:
-                continue
-            if layer is not None:
-                tensor, offset = tensor[None], [layer, *offset]
-            writer.write(parameter.key, tensor, global_shape=shape, offset=offset)
-        records += writer.close()
-    write_metadata(temp / "model_weights", json.loads(json.dumps(records)))
-    finish(temp, tmp_path / "x.nemo", kind="model", fingerprint="f", config={}, parents={})
-    nemo = open_nemo(tmp_path / "x.nemo", verify=True)
-    for parameter, layer in logical_tensors(LLAMA):
-        assert torch.equal(nemo.read(parameter, layer), source(LLAMA)(parameter, layer))
+    with publishing(tmp_path / "x.nemo", kind="model", origin=Origin("f")) as draft:
+        describe_folder(draft.folder, LLAMA, dtype=torch.float32, tokenizer=None)
+        (draft.folder / "model_weights").mkdir()
+        records = [record for rank in range(2) for record in write_half(draft.folder / "model_weights", rank)]
+        write_metadata(draft.folder / "model_weights", json.loads(json.dumps(records)))
+    weights = open_nemo(tmp_path / "x.nemo", verify=True).weights
+    for name in logical_tensors(LLAMA):
+        assert torch.equal(weights.read(name), source(LLAMA).read(name))
+
+
+def write_half(folder, rank):
+    """The part of tensor-parallel rank `rank` of 2; returns its chunk records."""
+    writer = TorchDistWriter(folder, rank=rank)
+    for name, logical in logical_tensors(LLAMA).items():
+        parameter, layer = logical.row, logical.layer
+        shape = stored_shape(parameter, LLAMA)
+        tensor = source(LLAMA).read(name)
+        if parameter.key in (EMBEDDING, OUTPUT):
+            tensor = torch.cat([tensor, torch.full((13, 32), 9.0)])
+            shape = (144, 32)
+        offset = [0] * tensor.dim()
+        if parameter.split is not None:
+            part = tensor.shape[parameter.split] // 2
+            offset[parameter.split] = rank * part
+            tensor = tensor.narrow(parameter.split, rank * part, part)
+        elif rank == 1:
+            continue
+        if layer is not None:
+            tensor, offset = tensor[None], [layer, *offset]
+        writer.write(parameter.key, tensor, global_shape=shape, offset=offset)
+    return writer.close()
 
 
 def test_the_tokenizer_is_copied_and_code_and_weights_beside_it_are_not(tmp_path):
@@ -121,9 +128,9 @@ def replace_config(path, text):
         ({"ffn_hidden_size": 47}, r"mlp.linear_fc1.weight is \(2, 96, 32\); model_config.yaml says \(2, 94, 32\)"),
         ({"num_layers": 3}, "tensor decoder.layers.self_attention.linear_qkv.layer_norm_weight is"),
         ({"vocab_size": 132}, "tensor embedding.word_embeddings.weight is"),
-        ({"share_embeddings_and_output_weights": True}, "tensor output_layer.weight belongs to no parameter"),
+        ({"share_embeddings_and_output_weights": True}, "tensor output_layer.weight belongs to no part"),
         ({"normalization": "LayerNorm1p"}, "layer_norm_bias is missing"),
-        ({"precision": "bf16"}, "is torch.float32; model_config.yaml says torch.bfloat16"),
+        ({"precision": "bf16"}, "are torch.float32; model_config.yaml says torch.bfloat16"),
         ({"precision": "int4"}, "precision='int4': allowed are bf16, fp16, fp32"),
         ({"hidden_size": "absent"}, "field 'hidden_size' is missing"),
         ({"_target_": "os.system"}, "unknown field '_target_'"),
@@ -171,17 +178,10 @@ def test_a_flipped_bit_in_the_weights_is_refused_when_verifying(tmp_path):
         open_nemo(path, verify=True)
 
 
-def test_a_tensor_of_the_wrong_shape_is_never_written(tmp_path):
-    with pytest.raises(AssertionError, match="expected"):
-        write_nemo(tmp_path / "x.nemo", LLAMA, tensors=lambda *_: torch.zeros(2), tokenizer=None,
-                   dtype=torch.float32, fingerprint="f", config={}, parents={})  # fmt: skip
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_layer_is_given_exactly_for_parameters_of_layers(tmp_path):
-    nemo = open_nemo(make(tmp_path / "x.nemo"))
-    table = parameters(LLAMA)
-    with pytest.raises(ValueError, match="layer=0"):
-        nemo.read(table[0], 0)
-    with pytest.raises(ValueError, match="layer=None"):
-        nemo.read(table[1])
+def test_a_tensor_of_the_wrong_shape_or_too_few_of_them_are_never_written(tmp_path):
+    whole = list(stream(source(LLAMA)))
+    wrong = [*whole[:-1], (whole[-1][0], torch.zeros(2))]
+    for tensors, message in ((wrong, "expected"), (whole[:-2], "and 1 more tensors did not come")):
+        with pytest.raises(AssertionError, match=message):
+            write_nemo(tmp_path / "x.nemo", LLAMA, tensors, dtype=torch.float32, tokenizer=None, origin=Origin("f"))
+        assert list(tmp_path.iterdir()) == []

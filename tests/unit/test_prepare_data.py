@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from minitron_nemo.config import CorpusConfig
+from minitron_nemo.config.schema import CorpusConfig
 from minitron_nemo.data import shards
 from minitron_nemo.data.corpora import list_files, read_documents
-from minitron_nemo.data.prepare import prepare_corpus, read_facts
+from minitron_nemo.data.corpus_facts import read_facts
+from minitron_nemo.data.prepare import prepare_corpus
 from minitron_nemo.data.tokenizer import train_tokenizer
 from minitron_nemo.errors import UserError
 

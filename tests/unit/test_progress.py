@@ -91,3 +91,11 @@ def test_nothing_to_do_is_done():
     reporter, _, lines = make_lines(0)
     reporter.finish()
     assert lines[0].startswith("distill 0/0 100%")
+
+
+def test_watched_items_come_through_unchanged_and_are_counted_when_the_next_is_asked_for(caplog):
+    caplog.set_level(logging.INFO, logger="minitron_nemo")
+    items = module.watched("abc", 3, "export", unit="tensor")
+    assert next(items) == "a"
+    assert list(items) == ["b", "c"]
+    assert caplog.messages[-1].startswith("export 3/3 100%")

@@ -5,20 +5,24 @@ import itertools
 
 import pytest
 import torch
+from random_scores import random_scores
 from torch import Tensor
 from torch.nn import functional
 
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.importance.scores import ImportanceScores
-from minitron_nemo.parameters import Parameter, logical_tensors
-from minitron_nemo.pruning.apply import pruned_tensor, pruned_tensors
-from minitron_nemo.pruning.plan import PruningPlan, identity, make_plan
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.pruning.cut import PrunedSource
+from minitron_nemo.pruning.make_plan import make_plan
+from minitron_nemo.pruning.plan import PruningPlan, identity
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import shrink
+from minitron_nemo.shape.tensors import logical_tensors
 
 # layers, hidden, ffn, query groups, heads per group, kv_channels
 SHAPES = [(4, 12, 10, 2, 4, 3), (3, 8, 16, 1, 6, 2), (5, 9, 7, 4, 2, 1)]
 KINDS = [("swiglu", "RMSNorm", False), ("squared_relu", "LayerNorm1p", False), ("swiglu", "LayerNorm1p", True)]
 CASES = list(itertools.product(SHAPES, KINDS, range(2)))
-Model = dict[tuple[str, int | None], Tensor]
+Model = dict[str, Tensor]
 
 
 def arch_of(shape: tuple[int, ...], kind: tuple[str, str, bool]) -> ModelArch:
@@ -29,44 +33,39 @@ def arch_of(shape: tuple[int, ...], kind: tuple[str, str, bool]) -> ModelArch:
                      normalization=normalization, share_embeddings_and_output_weights=tied)  # fmt: skip
 
 
+class InMemory(ShapedSource):
+    """A model held as a mapping."""
+
+    def __init__(self, arch: ModelArch, model: Model) -> None:
+        super().__init__(arch)
+        self.model = model
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.model[name].dtype
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        return self.model[name] if box is None else self.model[name][box.slices()]
+
+
 def random_model(arch: ModelArch, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     return {
-        (row.key, layer): torch.randn(row.shape(arch), generator=generator, dtype=torch.float64)
-        for row, layer in logical_tensors(arch)
+        name: torch.randn(tensor.shape(arch), generator=generator, dtype=torch.float64)
+        for name, tensor in logical_tensors(arch).items()
     }
-
-
-def random_scores(arch: ModelArch, seed: int) -> ImportanceScores:
-    generator = torch.Generator().manual_seed(seed)
-    return ImportanceScores(
-        arch=arch,
-        hidden_size=torch.rand(arch.hidden_size, generator=generator),
-        ffn_hidden_size=torch.rand(arch.num_layers, arch.ffn_hidden_size, generator=generator),
-        num_attention_heads=torch.rand(arch.num_layers, arch.num_attention_heads, generator=generator),
-        num_layers=torch.rand(arch.num_layers, generator=generator),
-        num_samples=1,
-        seq_length=1,
-        sequence_aggregation="mean",
-        batch_aggregation="l2",
-    )
 
 
 def smaller(arch: ModelArch, *axes: str) -> ModelArch:
     """A target one step smaller on each axis; heads by one in every group."""
     steps = {"num_layers": 1, "hidden_size": 3, "ffn_hidden_size": 2, "num_attention_heads": arch.num_query_groups}
-    return arch.shrink(**{axis: max(getattr(arch, axis) - steps[axis], steps[axis]) for axis in axes})
+    return shrink(arch, **{axis: max(getattr(arch, axis) - steps[axis], steps[axis]) for axis in axes})
 
 
 ALL_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
 def prune(model: Model, plan: PruningPlan) -> Model:
-    def read(parameter: Parameter, layer: int | None) -> Tensor:
-        return model[parameter.key, layer]
-
-    tensors = pruned_tensors(read, plan)
-    return {(row.key, layer): tensors(row, layer) for row, layer in logical_tensors(plan.target)}
+    return dict(stream(PrunedSource(InMemory(plan.source, model), plan)))
 
 
 def assert_equal(ours: Model, theirs: Model) -> None:
@@ -85,9 +84,9 @@ def test_the_identity_plan_changes_nothing(shape, kind, seed):
 @pytest.mark.parametrize(("shape", "kind", "seed"), CASES)
 def test_every_tensor_has_the_shape_the_table_gives_the_target(shape, kind, seed):
     arch = arch_of(shape, kind)
-    plan = make_plan(random_scores(arch, seed), smaller(arch, *ALL_AXES))
+    plan = make_plan(random_scores(arch, seed=seed), smaller(arch, *ALL_AXES))
     pruned = prune(random_model(arch, seed), plan)
-    expected = {(row.key, layer): row.shape(plan.target) for row, layer in logical_tensors(plan.target)}
+    expected = {name: tensor.shape(plan.target) for name, tensor in logical_tensors(plan.target).items()}
     assert {name: tuple(tensor.shape) for name, tensor in pruned.items()} == expected
     assert sum(tensor.numel() for tensor in pruned.values()) == plan.target.num_params()
 
@@ -95,8 +94,8 @@ def test_every_tensor_has_the_shape_the_table_gives_the_target(shape, kind, seed
 @pytest.mark.parametrize(("shape", "kind", "seed"), CASES)
 def test_pruning_twice_is_pruning_once_by_the_composed_plan(shape, kind, seed):
     arch = arch_of(shape, kind)
-    first = make_plan(random_scores(arch, seed), smaller(arch, *ALL_AXES))
-    second = make_plan(random_scores(first.target, seed + 50), smaller(first.target, *ALL_AXES))
+    first = make_plan(random_scores(arch, seed=seed), smaller(arch, *ALL_AXES))
+    second = make_plan(random_scores(first.target, seed=seed + 50), smaller(first.target, *ALL_AXES))
     model = random_model(arch, seed)
     assert_equal(prune(prune(model, first), second), prune(model, first.then(second)))
 
@@ -104,29 +103,24 @@ def test_pruning_twice_is_pruning_once_by_the_composed_plan(shape, kind, seed):
 @pytest.mark.parametrize(("shape", "kind", "seed"), CASES)
 def test_axes_can_be_pruned_one_after_another_in_any_order(shape, kind, seed):
     arch = arch_of(shape, kind)
-    scores = random_scores(arch, seed)
+    scores = random_scores(arch, seed=seed)
     at_once = make_plan(scores, smaller(arch, *ALL_AXES))
     model = random_model(arch, seed)
     # Width first: the layers that go are still there to be cut.
     width = make_plan(scores, smaller(arch, *ALL_AXES[1:]))
-    depth = dataclasses.replace(identity(width.target), target=at_once.target, layers=at_once.layers, **{
-        axis: getattr(identity(at_once.target), axis) for axis in ("ffn_hidden_size", "num_attention_heads")
-    })  # fmt: skip
+    depth = dataclasses.replace(
+        identity(width.target),
+        target=at_once.target,
+        keep=identity(at_once.target).keep | {"num_layers": (at_once.layers,)},
+    )
     assert_equal(prune(prune(model, width), depth), prune(model, at_once))
-
-
-def test_a_cut_to_another_shape_than_the_target_is_refused():
-    arch = arch_of(SHAPES[0], KINDS[0])
-    row = logical_tensors(arch)[0][0]
-    with pytest.raises(ValueError, match=row.key):
-        pruned_tensor(lambda *_: torch.ones(2, 2), row, layer=None, plan=identity(arch))
 
 
 def forward(model: Model, arch: ModelArch, tokens: Tensor) -> Tensor:
     """Logits of the reference model, [s, vocab]: written from the packings' definitions, without rotary embedding."""
 
     def get(name: str, layer: int | None = None) -> Tensor:
-        return model[name, layer]
+        return model[name if layer is None else name.replace("layers.", f"layers.{layer}.")]
 
     def norm(x: Tensor, key: str, layer: int | None = None) -> Tensor:
         if arch.normalization == "RMSNorm":
@@ -161,21 +155,24 @@ def forward(model: Model, arch: ModelArch, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("shape", "kind", "seed"), CASES)
 def test_the_sliced_model_computes_what_the_masked_model_computes(shape, kind, seed):
     arch = arch_of(shape, kind)
-    plan = make_plan(random_scores(arch, seed), smaller(arch, "num_layers", "ffn_hidden_size", "num_attention_heads"))
+    plan = make_plan(
+        random_scores(arch, seed=seed), smaller(arch, "num_layers", "ffn_hidden_size", "num_attention_heads")
+    )
     model = random_model(arch, seed)
     masked = {name: tensor.clone() for name, tensor in model.items()}
-    outputs = ("decoder.layers.self_attention.linear_proj.weight", "decoder.layers.mlp.linear_fc2.weight")
     for layer in range(arch.num_layers):
+        names = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+        projection, second = (masked[f"decoder.layers.{layer}.{name}"] for name in names)
         if layer not in plan.layers:
-            for key in outputs:
-                masked[key, layer].zero_()
+            projection.zero_()
+            second.zero_()
             continue
         kept = plan.layers.index(layer)
-        heads = set(range(arch.num_attention_heads)) - set(plan.num_attention_heads[kept])
-        neurons = set(range(arch.ffn_hidden_size)) - set(plan.ffn_hidden_size[kept])
+        heads = set(range(arch.num_attention_heads)) - set(plan.units("num_attention_heads", kept))
+        neurons = set(range(arch.ffn_hidden_size)) - set(plan.units("ffn_hidden_size", kept))
         for head in heads:
-            masked[outputs[0], layer][:, head * arch.kv_channels : (head + 1) * arch.kv_channels] = 0
-        masked[outputs[1], layer][:, sorted(neurons)] = 0
+            projection[:, head * arch.kv_channels : (head + 1) * arch.kv_channels] = 0
+        second[:, sorted(neurons)] = 0
     tokens = torch.randint(0, arch.vocab_size, (7,), generator=torch.Generator().manual_seed(seed))
     sliced_logits = forward(prune(model, plan), plan.target, tokens)
     torch.testing.assert_close(sliced_logits, forward(masked, arch, tokens), rtol=1e-9, atol=1e-9)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from minitron_nemo.arch import billions
-from minitron_nemo.config import compose
+from minitron_nemo.config.compose import compose
+from minitron_nemo.config.rules import check_ranks, check_training
+from minitron_nemo.shape.arch import billions
 
 # config: (teacher or source, student) parameters and distillation tokens in billions, calibration samples.
 PUBLISHED = {
@@ -13,20 +14,18 @@ PUBLISHED = {
     "nemotron4_8b": ("15.6 B", "8.27 B", 94e9),
     "nemotron4_4b": ("8.27 B", "4.19 B", 94e9),
 }
-RECIPES = ("prepare_data", "import_hf", "correct_teacher", "estimate_importance", "prune", "distill", "evaluate",
-           "export_hf", "pipeline")  # fmt: skip
+TRAINING = ("correct_teacher", "distill")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_published_config_composes_for_every_recipe(name, recipe):
-    assert compose(name, recipe=recipe).name == name
+def test_published_config_composes(name):
+    assert compose(name).name == name
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_equal_the_published_ones(name):
     config = compose(name)
-    source = config.model.arch()
+    source = config.model_arch()
     target = config.prune.target.shrink(source)
     assert (billions(source.num_params()), billions(target.num_params())) == PUBLISHED[name][:2]
 
@@ -80,11 +79,23 @@ def test_second_cut_starts_from_the_first_student_and_keeps_the_first_teacher():
     first, second = compose("nemotron4_8b"), compose("nemotron4_4b")
     assert second.prune.checkpoint == first.distill.output
     assert second.distill.teacher == first.distill.teacher
-    assert second.model.arch() == first.prune.target.shrink(first.model.arch())
+    assert second.model_arch() == first.prune.target.shrink(first.model_arch())
     assert second.prepare_data.output == first.prepare_data.output
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("num_nodes", [1, 16, 32])
 def test_batch_divides_over_the_nodes_of_the_papers(name, num_nodes):
-    compose(name, [f"trainer.num_nodes={num_nodes}"], recipe="distill")
+    config = compose(name, [f"trainer.num_nodes={num_nodes}"])
+    layout = check_ranks(config)
+    for section in TRAINING:
+        check_training(getattr(config, section).training, section, layout)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layout_fits_every_model(name):
+    config = compose(name)
+    teacher = config.distill.teacher_model.arch() if config.distill.teacher_model else config.model_arch()
+    config.layout.check(teacher, name="teacher", stages=config.parallel.teacher_stage_layers)
+    student = config.prune.target.shrink(config.model_arch())
+    config.layout.check(student, name="student", stages=config.parallel.student_stage_layers)

@@ -1,44 +1,73 @@
 """The report shows the numbers it was given, loads nothing, and escapes what it shows."""
 
+import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from minitron_nemo import report_plots
-from minitron_nemo.arch import ModelArch
-from minitron_nemo.checkpoint.manifest import publishing
+from minitron_nemo.artefacts.atomic import write_text_atomically
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import ImportanceScores
-from minitron_nemo.pruning.plan import make_plan
-from minitron_nemo.report import format_table, read_metrics, write_report
+from minitron_nemo.pruning.make_plan import make_plan
+from minitron_nemo.reporting import plots
+from minitron_nemo.reporting.collect import FORMER_NAMES, collect, read_metrics
+from minitron_nemo.reporting.table import format_table
+from minitron_nemo.reporting.write import write_report
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import shrink
 
 TEACHER = ModelArch(
     num_layers=6, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=4, kv_channels=8,
     vocab_size=512, seq_length=128,
 )  # fmt: skip
-NARROW = TEACHER.shrink(hidden_size=48, ffn_hidden_size=96)
-SHALLOW = TEACHER.shrink(num_layers=3)
+NARROW = shrink(TEACHER, hidden_size=48, ffn_hidden_size=96)
+SHALLOW = shrink(TEACHER, num_layers=3)
 ARCHS = {"teacher": TEACHER, "width_pruned": NARROW, "width_student": NARROW, "depth_pruned": SHALLOW,
          "depth_student": SHALLOW}  # fmt: skip
 
 
+def make_scores():
+    """Importance of the teacher; random, above zero."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.01  # noqa: E731
+    scores = {"num_layers": draw(6), "hidden_size": draw(64), "ffn_hidden_size": draw(6, 160),
+              "num_attention_heads": draw(6, 8)}  # fmt: skip
+    return ImportanceScores(
+        arch=TEACHER, by_axis=scores, num_samples=16, seq_length=128, sequence_aggregation="mean",
+        batch_aggregation="l2",
+    )  # fmt: skip
+
+
+def add_importance(run, scores):
+    (run / "importance").mkdir()
+    scores.write(run / "importance")
+
+
 def evaluation(arch, index):
-    loss = 3.0 + index / 7
-    return {"params": arch.num_params(), "tokens": 100_000 * index, "validation_loss": loss,
-            "perplexity": math.exp(loss), "forward_kl": index / 3, "top1_agreement": 1 - index / 10,
+    cross_entropy = 3.0 + index / 7
+    return {"params": arch.num_params(), "tokens": 100_000 * index, "cross_entropy": cross_entropy,
+            "perplexity": math.exp(cross_entropy), "forward_kl": index / 3, "top1_agreement": 1 - index / 10,
             "arch": arch.to_dict()}  # fmt: skip
 
 
-def add_model(run, name, arch, index, *, plan=None):
-    with publishing(run / f"{name}.nemo", kind="model", fingerprint="f", config={}, parents={},
-                    extra={"arch": arch.to_dict()}) as folder:  # fmt: skip
-        if plan is not None:
-            plan.write(folder / "plan.json")
+def write_evaluation(run, name, values):
     (run / "eval").mkdir(exist_ok=True)
-    (run / "eval" / f"{name}.json").write_text(json.dumps(evaluation(arch, index)))
+    (run / "eval" / f"{name}.json").write_text(json.dumps({"kind": "evaluation", "fingerprint": "f", **values}))
+
+
+def add_model(run, name, arch, index, *, plan=None):
+    facts = {"arch": arch.to_dict()}
+    with publishing(run / f"{name}.nemo", kind="model", origin=Origin("f"), extra=facts) as draft:
+        if plan is not None:
+            plan.write(draft.folder / "plan.json")
+    write_evaluation(run, name, evaluation(arch, index))
 
 
 def add_metrics(run, name):
@@ -47,9 +76,9 @@ def add_metrics(run, name):
     records = []
     for step in range(1, 41):
         loss = 3.0 + 4.0 * math.exp(-step / 8)
-        record = {"step": step, "lm_loss": loss, "forward_kl": loss / 2, "consumed_tokens": step * 4096}
+        record = {"step": step, "cross_entropy": loss, "forward_kl": loss / 2, "consumed_tokens": step * 4096}
         if step % 10 == 0:
-            record |= {"val_lm_loss": loss + 0.05, "val_forward_kl": loss / 2 + 0.02}
+            record |= {"val_cross_entropy": loss + 0.05, "val_forward_kl": loss / 2 + 0.02}
         records.append(json.dumps(record))
     (folder / "metrics.jsonl").write_text("\n".join(records) + "\n")
 
@@ -59,15 +88,8 @@ def run(tmp_path_factory):
     """A finished run as the recipes leave it: five models, two of them trained, importance and two plans."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.01  # noqa: E731
-    scores = ImportanceScores(
-        arch=TEACHER, num_layers=draw(6), hidden_size=draw(64), ffn_hidden_size=draw(6, 160),
-        num_attention_heads=draw(6, 8), num_samples=16, seq_length=128, sequence_aggregation="mean",
-        batch_aggregation="l2",
-    )  # fmt: skip
-    (run / "importance").mkdir()
-    scores.write(run / "importance")
+    scores = make_scores()
+    add_importance(run, scores)
     for index, (name, arch) in enumerate(ARCHS.items()):
         plan = make_plan(scores, arch) if name.endswith("pruned") else None
         add_model(run, name, arch, index, plan=plan)
@@ -100,17 +122,45 @@ def test_page_shows_the_numbers_and_every_section(page):
 
 def test_loss_curves_show_training_and_validation_of_every_trained_model(run):
     curves = {name: read_metrics(run / "logs" / name) for name in ("width_student", "depth_student")}
-    both = report_plots.loss_curves(curves, list(ARCHS))
-    assert "Language-model loss" in both
+    both = plots.loss_curves(curves, list(ARCHS))
+    assert "Cross-entropy" in both
     assert "Forward KL" in both
-    only_validation = {name: [r for r in records if "val_lm_loss" in r] for name, records in curves.items()}
-    assert "Language-model loss" in report_plots.loss_curves(only_validation, list(ARCHS))
+    only_validation = {name: [r for r in records if "val_cross_entropy" in r] for name, records in curves.items()}
+    assert "Cross-entropy" in plots.loss_curves(only_validation, list(ARCHS))
     correction = [
-        {"step": 1, "lm_loss": 3.0, "consumed_tokens": 10},
-        {"step": 2, "lm_loss": 2.0, "consumed_tokens": 20},
+        {"step": 1, "cross_entropy": 3.0, "consumed_tokens": 10},
+        {"step": 2, "cross_entropy": 2.0, "consumed_tokens": 20},
     ]
-    assert "Forward KL" not in report_plots.loss_curves({"teacher": correction}, list(ARCHS))
-    assert report_plots.loss_curves({"teacher": [{"step": 1, "lm_loss": math.nan}]}, list(ARCHS)) == ""
+    assert "Forward KL" not in plots.loss_curves({"teacher": correction}, list(ARCHS))
+    assert plots.loss_curves({"teacher": [{"step": 1, "cross_entropy": math.nan}]}, list(ARCHS)) == ""
+
+
+def test_importance_has_a_panel_for_every_scored_axis(run):
+    report = collect(run, list(ARCHS))
+    drawn = plots.importance(report.scores, report.plans)
+    panels = ("Block importance (red: dropped)", "Attention heads", "Feed-forward neurons", "Hidden channels, ranked")
+    for title in (*panels, "48 kept"):
+        assert title in drawn
+    one = dataclasses.replace(report.scores, by_axis={"hidden_size": report.scores["hidden_size"]})
+    drawn = plots.importance(one, {})
+    assert [title for title in panels if title in drawn] == ["Hidden channels, ranked"]
+    assert "kept" not in drawn
+
+
+def test_plans_of_another_model_cut_nothing_of_this_one(run):
+    report = collect(run, list(ARCHS))
+    elsewhere = dataclasses.replace(TEACHER, rotary_base=7.0)
+    drawn = plots.importance(dataclasses.replace(report.scores, arch=elsewhere), report.plans)
+    assert "Block importance" in drawn
+    assert "dropped" not in drawn
+    assert "kept" not in drawn
+
+
+def test_shapes_show_every_size_of_every_axis(page):
+    text = re.sub(r"<[^>]+>", " ", page[page.index("<h2>Shapes") :])
+    for name in ("layers", "hidden", "feed-forward", "query heads", "parameters"):
+        assert text.count(f" {name} ") >= 2, name  # in the table and over its bars
+    assert re.search(r"<td>width_pruned, width_student</td><td>6</td><td>48</td><td>96</td><td>8</td>", page)
 
 
 def test_page_loads_nothing(page):
@@ -161,17 +211,20 @@ def test_missing_pieces_are_refused_by_file_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "expected an object"),
-        ('{"params": "many"}', "params='many' is not a number"),
-        (json.dumps({**evaluation(TEACHER, 0), "arch": {}}), "arch: field"),
-        (json.dumps({**evaluation(TEACHER, 0), "arch": None}), "arch: expected a mapping"),
-        (json.dumps(evaluation(NARROW, 0)), "another shape"),
+        ("{", "not a readable evaluation record"),
+        ("[]", "evaluation record"),
+        ('{"kind": "evaluation", "params": "many"}', "params='many' is not a number"),
+        (evaluation(TEACHER, 0), "evaluation record"),
+        ({"kind": "evaluation", **evaluation(TEACHER, 0), "cross_entropy": None}, "cross_entropy=None is not a number"),
+        ({"kind": "evaluation", **evaluation(TEACHER, 0), "arch": {}}, "arch: field"),
+        ({"kind": "evaluation", **evaluation(TEACHER, 0), "arch": None}, "arch: expected a mapping"),
+        ({"kind": "evaluation", **evaluation(NARROW, 0)}, "another shape"),
     ],
 )
 def test_damaged_evaluations_are_refused_by_file_name(tmp_path, content, message):
     add_model(tmp_path, "teacher", TEACHER, 0)
-    (tmp_path / "eval" / "teacher.json").write_text(content)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "eval" / "teacher.json").write_text(text)
     with pytest.raises(UserError, match=rf"eval/teacher\.json.*{re.escape(message)}"):
         write_report(tmp_path, ["teacher"], output=tmp_path / "report.html")
 
@@ -193,10 +246,36 @@ def test_metrics_of_a_resumed_run_are_merged_by_step(tmp_path):
         read_metrics(tmp_path)
 
 
+def test_files_written_under_former_names_are_read_under_todays(tmp_path):
+    lines = ['{"step": 1, "lm_loss": 5, "consumed_tokens": 8}', '{"step": 2, "cross_entropy": 4}',
+             '{"step": 2, "val_lm_loss": 6, "val_forward_kl": 1}']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "cross_entropy": 5, "consumed_tokens": 8},
+        {"step": 2, "cross_entropy": 4, "val_cross_entropy": 6, "val_forward_kl": 1},
+    ]
+    add_model(tmp_path, "teacher", TEACHER, 1)
+    former = evaluation(TEACHER, 1)
+    former["validation_loss"] = former.pop("cross_entropy")
+    write_evaluation(tmp_path, "teacher", former)
+    assert collect(tmp_path, ["teacher"]).models["teacher"] == evaluation(TEACHER, 1)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_todays_name_wins_over_a_former_one_in_the_same_record(tmp_path, reverse):
+    pairs = [("lm_loss", 5), ("cross_entropy", 4), ("step", 1)]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(pairs[::-1] if reverse else pairs)) + "\n")
+    assert read_metrics(tmp_path) == [{"step": 1, "cross_entropy": 4}]
+
+
+def test_no_former_name_is_in_use():
+    assert not set(FORMER_NAMES) & set(FORMER_NAMES.values())
+
+
 def test_a_diverged_or_unreferenced_model_is_still_reported(tmp_path):
     add_model(tmp_path, "teacher", TEACHER, 0)
-    values = {**evaluation(TEACHER, 0), "perplexity": math.inf, "forward_kl": None, "top1_agreement": None}
-    (tmp_path / "eval" / "teacher.json").write_text(json.dumps(values))
+    unknown = {"perplexity": math.inf, "forward_kl": None, "top1_agreement": None}
+    write_evaluation(tmp_path, "teacher", evaluation(TEACHER, 0) | unknown)
     models = write_report(tmp_path, ["teacher"], output=tmp_path / "report.html")
     assert json.loads((tmp_path / "report.json").read_text())["models"]["teacher"]["perplexity"] is None
     assert "diverged" in format_table(models)
@@ -206,7 +285,9 @@ def test_terminal_table_is_aligned():
     models = {name: evaluation(arch, index) for index, (name, arch) in enumerate(ARCHS.items())}
     lines = format_table(models).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split()[0] == "model"
+    assert re.split(r" {2,}", lines[0]) == [
+        "model", "parameters", "tokens", "cross-entropy", "perplexity", "forward KL", "top-1 agreement",
+    ]  # fmt: skip
     assert [line.split()[0] for line in lines[2:]] == list(ARCHS)
     assert "3.2857" in lines[4]
 
@@ -216,3 +297,19 @@ def test_a_second_report_replaces_the_first_and_leaves_no_other_files(tmp_path):
     for _ in range(2):
         write_report(tmp_path, ["teacher"], output=tmp_path / "out" / "report.html")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was_and_no_other(tmp_path):
+    write_text_atomically(tmp_path / "a.txt", "before\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(tmp_path / "a.txt", "half of it \ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_bytes() == b"before\n"
+    write_text_atomically(tmp_path / "a.txt", "after \u00fc\n")
+    assert (tmp_path / "a.txt").read_bytes() == "after \u00fc\n".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_matplotlib_waits_until_a_report_is_written():
+    script = "import sys, minitron_nemo.reporting.write; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0

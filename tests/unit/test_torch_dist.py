@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from minitron_nemo.errors import UserError
 
@@ -55,13 +56,13 @@ def test_every_box_of_every_layout_is_the_box_of_the_whole_tensor(folder):
             for second in range(tensor.shape[1]):
                 size = (tensor.shape[0] - first, 1, *tensor.shape[2:])
                 offset = (first, second, *(0 for _ in tensor.shape[2:]))
-                box = reader.read(key, offset=offset, size=size)
+                box = reader.read(key, Box(offset, size))
                 assert torch.equal(box, tensor[first:, second : second + 1])
 
 
 def test_a_box_outside_the_tensor_is_an_index_error(folder):
     with pytest.raises(IndexError, match="leaves the shape"):
-        TorchDistReader(folder[0]).read("rows", offset=(6, 0), size=(2, 3))
+        TorchDistReader(folder[0]).read("rows", Box((6, 0), (2, 3)))
 
 
 def test_only_the_chunks_that_overlap_are_read(tmp_path):
@@ -71,9 +72,9 @@ def test_only_the_chunks_that_overlap_are_read(tmp_path):
     write_metadata(tmp_path, records)
     reader = TorchDistReader(tmp_path)
     (tmp_path / "__1_0.distcp").write_bytes(b"")
-    assert torch.equal(reader.read("x", offset=(0, 0), size=(1, 3)), full[:1])
+    assert torch.equal(reader.read("x", Box((0, 0), (1, 3))), full[:1])
     with pytest.raises(UserError, match="__1_0.distcp.*cut short"):
-        reader.read("x", offset=(1, 0), size=(1, 3))
+        reader.read("x", Box((1, 0), (1, 3)))
 
 
 def test_the_writer_hashes_what_it_wrote_and_saves_views_without_their_storage(tmp_path):

@@ -2,15 +2,16 @@
 
 import json
 
-from minitron_nemo.checkpoint.manifest import publishing
-from minitron_nemo.engine.state import KIND, CheckpointFolder
-from minitron_nemo.metrics import MetricsWriter
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.testing import LLAMA
+from minitron_nemo.training.checkpoints import KIND, CheckpointFolder
+from minitron_nemo.training.metrics import MetricsWriter
 
 
 def publish(folder, step, fingerprint):
-    with publishing(folder / f"step_{step:08d}", kind=KIND, fingerprint=fingerprint, config={}, parents={}) as temp:
-        (temp / "state").write_text(fingerprint)
+    with publishing(folder / f"step_{step:08d}", kind=KIND, origin=Origin(fingerprint)) as draft:
+        (draft.folder / "state").write_text(fingerprint)
 
 
 def test_only_checkpoints_of_the_same_configuration_are_resumed_or_removed(tmp_path, caplog):

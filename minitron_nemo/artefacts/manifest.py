@@ -1,0 +1,165 @@
+"""What makes a folder an artefact: `manifest.json` with its kind, its origin and the hash of every file.
+
+The manifest is written last, before the one rename that publishes the folder (`artefacts.publishing`): a manifest that
+is there means the artefact is whole.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The origin of an artefact and the size and SHA-256 of its files.
+
+    `fingerprint`, `config` and `parents` are those of its `Origin`; `tokens` counts the tokens that this step trained
+    on; `extra` holds free facts.
+    """
+
+    kind: str
+    fingerprint: str
+    config: dict[str, Any] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    git_revision: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        origin: Origin,
+        *,
+        files: Mapping[str, dict[str, Any]],
+        tokens: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> "Manifest":
+        """The manifest of an artefact that is made now, here."""
+        return cls(
+            kind=kind,
+            fingerprint=origin.fingerprint,
+            config=dict(origin.config),
+            parents=dict(origin.parents),
+            tokens=tokens,
+            files=dict(files),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=_versions(),
+            git_revision=_git_revision(),
+            extra=dict(extra or {}),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_sha256(folder: str | Path) -> str:
+    """What a child writes down under `parents`: the SHA-256 of the manifest of the artefact `folder`."""
+    return file_sha256(Path(folder) / MANIFEST_FILE)
+
+
+def read_manifest(folder: str | Path, *, kind: str | None) -> Manifest:
+    """The manifest of an artefact of this kind (None: any); UserError when `folder` is anything else."""
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        reason = f"no {MANIFEST_FILE}" if Path(folder).is_dir() else "no such folder"
+        what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
+        raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**values)
+        _check_fields(manifest)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable manifest: {' '.join(str(error).split())}") from None
+    if kind is not None and manifest.kind != kind:
+        raise UserError(f"{folder} is a {manifest.kind} artefact; a {kind} artefact is needed here")
+    return manifest
+
+
+def _check_fields(manifest: Manifest) -> None:
+    types = {"kind": str, "fingerprint": str, "config": dict, "parents": dict, "tokens": int, "files": dict,
+             "created": str, "versions": dict, "git_revision": str, "extra": dict}  # fmt: skip
+    for name, expected in types.items():
+        if not isinstance(getattr(manifest, name), expected):
+            raise ValueError(f"{name} must be a {expected.__name__}")
+    for name, entry in manifest.files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
+            raise ValueError(f"file name {name!r} leaves the folder")
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
+            raise ValueError(f"file {name!r} has no size")
+        if not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"file {name!r} has no sha256")
+
+
+def check_sizes(folder: str | Path, manifest: Manifest) -> None:
+    """Refuse, by name, the first file that is missing, a link or of another size; reads no content."""
+    for name, entry in sorted(manifest.files.items()):
+        path = Path(folder) / name
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: listed in {MANIFEST_FILE} but not a regular file there; make the artefact again")
+        if (size := path.stat().st_size) != entry["size"]:
+            raise UserError(f"{path}: {size} bytes, {MANIFEST_FILE} says {entry['size']}; make the artefact again")
+
+
+def verify_files(folder: str | Path, manifest: Manifest) -> None:
+    """Refuse, by name, the first file whose size or SHA-256 is not that of the manifest."""
+    check_sizes(folder, manifest)
+    for name, entry in sorted(manifest.files.items()):
+        if file_sha256(Path(folder) / name) != entry["sha256"]:
+            raise UserError(f"{Path(folder) / name}: damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+
+
+def is_current(path: str | Path, fingerprint: str) -> bool:
+    """True when an artefact is there, complete by file sizes, and made by this fingerprint."""
+    try:
+        manifest = read_manifest(path, kind=None)
+        check_sizes(path, manifest)
+    except (OSError, UserError):
+        return False
+    return manifest.fingerprint == fingerprint
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_revision() -> str:
+    """The commit of this source tree, empty when it is not a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,128 @@
+"""How an artefact appears: filled in a folder beside its place, completed by its manifest, put there by one rename."""
+
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, file_sha256
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.errors import UserError
+
+
+def check_target(path: str | Path, *, overwrite: bool) -> None:
+    """Refuse to publish over something: anything unless `overwrite`, and never what is not an artefact."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists already and was made by another configuration; set overwrite=true or move it")
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or not (is_empty or (path / MANIFEST_FILE).is_file()):
+        raise UserError(f"{path} exists and is not an artefact of these recipes; it is never overwritten: move it")
+
+
+def check_free_space(path: str | Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes at `path` onto a disk that has less than 1.1 times that left."""
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise UserError(f"{path}: needs {1.1 * needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+
+
+@dataclass
+class Draft:
+    """An artefact in the making: a folder to fill, and what the manifest will say besides the files.
+
+    `hashes` takes the SHA-256 of files (by name relative to `folder`) that were hashed while they were written;
+    `finish` reads the others.
+    """
+
+    folder: Path
+    target: Path
+    kind: str
+    origin: Origin
+    tokens: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def finish(self) -> Manifest:
+        """Write the manifest and move the folder to its place; on one rank, when all are done."""
+        check_target(self.target, overwrite=self.origin.overwrite)
+        files = _list_files(self.folder, self.hashes)
+        manifest = Manifest.of(self.kind, self.origin, files=files, tokens=self.tokens, extra=self.extra)
+        (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        fsync(self.folder / MANIFEST_FILE)
+        fsync(self.folder)
+        _move_into_place(self.folder, self.target)
+        return manifest
+
+
+def begin(
+    target: str | Path, *, kind: str, origin: Origin, tokens: int = 0, extra: Mapping[str, Any] | None = None
+) -> Draft:
+    """A draft in a new empty folder beside `target`; on one rank only."""
+    target = Path(target)
+    check_target(target, overwrite=origin.overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
+        shutil.rmtree(left)  # what a killed run of the same step left behind
+    temp = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    temp.mkdir()
+    return Draft(temp, target, kind, origin, tokens, dict(extra or {}))
+
+
+@contextmanager
+def publishing(
+    target: str | Path, *, kind: str, origin: Origin, tokens: int = 0, extra: Mapping[str, Any] | None = None
+) -> Iterator[Draft]:
+    """A draft to fill; it becomes the artefact `target` when the block ends well and vanishes when it does not."""
+    draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra)
+    try:
+        yield draft
+        draft.finish()
+    except BaseException:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+        raise
+
+
+def _list_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_dir() and not file.is_symlink():
+            fsync(file)
+            continue
+        name = file.relative_to(folder).as_posix()
+        if name == MANIFEST_FILE:
+            continue
+        assert not file.is_symlink(), f"{file}: an artefact holds no links"
+        fsync(file)
+        files[name] = {"size": file.stat().st_size, "sha256": hashes.get(name) or file_sha256(file)}
+    return files
+
+
+def _move_into_place(temp: Path, target: Path) -> None:
+    aside = None
+    if target.exists():
+        aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
+        target.rename(aside)
+    temp.rename(target)
+    fsync(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

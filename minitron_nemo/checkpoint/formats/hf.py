@@ -1,0 +1,269 @@
+"""Hugging Face folders in and out, a tensor at a time.
+
+Weights are safetensors, configs are JSON; nothing of a folder is ever executed. An export of an import is the
+import, bit for bit.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.paths import contained_file, is_plain_name
+from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
+from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
+from minitron_nemo.checkpoint.formats.hf_names import hf_names, hf_tensors
+from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, NemoFolder, copy_tokenizer, write_nemo
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, SafetensorsWriter
+from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.tensors import LogicalTensor, logical_tensors
+
+KIND = "hf"
+CONFIG_FILE = "config.json"
+SOURCE_CONFIG_FILE = "hf_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+JSON_LIMIT = 64 * 2**20
+SHARD_BYTES = 5 * 10**9
+STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, eq=False)
+class HfFolder:
+    """An opened, checked Hugging Face folder; `open_hf` makes it. `weights` is a TensorSource in Megatron's packing."""
+
+    path: Path
+    config: dict[str, Any]
+    arch: ModelArch
+    dtype: torch.dtype
+    weights: "HfWeights"
+
+
+def open_hf(folder: str | Path) -> HfFolder:
+    """The Hugging Face folder, its config and the names, shapes and dtypes of its tensors checked.
+
+    Raises UserError for an unsupported config and for a tensor that is missing, extra or misshapen.
+    """
+    path = Path(folder)
+    config = _read_json(path, CONFIG_FILE)
+    weights = HfWeights(path, arch_from_config(config, source=str(path / CONFIG_FILE)))
+    return HfFolder(path, config, weights.arch, weights.dtype(), weights)
+
+
+class HfWeights(ShapedSource):
+    """The logical tensors of a model in a Hugging Face folder, packed when they are read."""
+
+    def __init__(self, folder: Path, arch: ModelArch) -> None:
+        super().__init__(arch)
+        self.path = folder
+        self._files = _weight_files(folder)
+        self._open: dict[str, Any] = {}
+        self._dtype = self._check_tensors()
+
+    def dtype(self, name: str | None = None) -> torch.dtype:
+        """The one dtype of all tensors."""
+        return self._dtype
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        logical = self.tensors[name]
+        parts = hf_names(logical, self.arch)
+        try:
+            tensors = [self._handle(part).get_tensor(part) for part in parts]
+        except SafetensorError as error:
+            raise UserError(f"{self.path}: {parts[0]} cannot be read: {error}") from None
+        tensor = logical.row.dims[0].from_hf(tensors, self.arch)
+        return tensor if box is None else tensor[box.slices()]
+
+    def _handle(self, name: str) -> Any:
+        """The open safetensors file that holds tensor `name`."""
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = _open_safetensors(self.path, file)
+        return self._open[file]
+
+    def _check_tensors(self) -> torch.dtype:
+        """Names, shapes and dtypes against the shape; the one dtype of all tensors."""
+        expected = dict(hf_tensors(self.arch))
+        dtypes = set()
+        for name, shape in expected.items():
+            if name not in self._files:
+                raise UserError(f"{self.path}: tensor {name} is missing; {CONFIG_FILE} describes a model that has it")
+            try:
+                stored = self._handle(name).get_slice(name)
+            except SafetensorError as error:
+                raise UserError(f"{self.path / self._files[name]}: no tensor {name}: {error}") from None
+            if (found := tuple(stored.get_shape())) != shape:
+                raise UserError(f"{self.path}: tensor {name} is {found}; {CONFIG_FILE} says {shape}")
+            dtypes.add(stored.get_dtype())
+            if stored.get_dtype() not in STORED_DTYPES or len(dtypes) > 1:
+                raise UserError(
+                    f"{self.path}: tensor {name} is stored as {stored.get_dtype()}; supported are models stored "
+                    f"wholly as one of {', '.join(STORED_DTYPES)}"
+                )
+        # Old checkpoints carry the rotary table; tied ones may carry the same table under a second name.
+        tolerated = {"lm_head.weight"} if self.arch.share_embeddings_and_output_weights else set()
+        for name in sorted(set(self._files) - set(expected) - tolerated):
+            if not name.endswith("rotary_emb.inv_freq"):
+                raise UserError(f"{self.path}: tensor {name} belongs to no parameter of the model in {CONFIG_FILE}")
+        return STORED_DTYPES[dtypes.pop()]
+
+
+def _open_safetensors(folder: Path, name: str) -> Any:
+    path = contained_file(folder, name)
+    if path is None:
+        raise UserError(f"{folder / name}: named by {INDEX_FILE}, but there is no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _weight_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the single file or the index of the shards."""
+    if contained_file(folder, WEIGHTS_FILE) is not None:
+        return dict.fromkeys(_open_safetensors(folder, WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+    if contained_file(folder, INDEX_FILE) is None:
+        raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE}; only safetensors weights are read")
+    names = _read_json(folder, INDEX_FILE).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{folder / INDEX_FILE}: weight_map must map tensor names to file names")
+    for file in names.values():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX_FILE}: names the file {file!r}; only *.safetensors beside it are read")
+    return names
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = contained_file(folder, name)
+    if path is None:
+        raise UserError(f"{folder} is not a Hugging Face model folder: no {name}")
+    if path.stat().st_size > JSON_LIMIT:
+        raise UserError(f"{path}: larger than {JSON_LIMIT} bytes, which no such file needs")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def resolve_source(source: str) -> Path:
+    """The folder of a Hugging Face model: `source` itself when it is one, else a download of the hub name.
+
+    Only JSON, safetensors and tokenizer files are fetched. Raises UserError, also without a network.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        raise UserError(f"{source}: no such folder, and not a hub name such as meta-llama/Llama-3.1-8B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=DOWNLOADED, ignore_patterns=["*/*", "consolidated*"]))
+    # The hub client raises its own, httpx's and the system's errors; for the user they are one: no download.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{source}: no such folder here, and the hub gave nothing: {reason[0]}") from None
+
+
+def arch_from_hf(folder: str | Path) -> ModelArch:
+    """The shape that the `config.json` of a folder describes; UserError names the first unsupported field."""
+    return arch_from_config(_read_json(Path(folder), CONFIG_FILE), source=str(Path(folder) / CONFIG_FILE))
+
+
+def import_hf(folder: HfFolder, output: str | Path, *, tensors: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
+    """Publish an opened folder as the model artefact `output`, in the dtype it is stored in.
+
+    `tensors` is the stream of `folder.weights`, which the caller may watch.
+    """
+    write_nemo(
+        output,
+        folder.arch,
+        tensors,
+        dtype=folder.dtype,
+        tokenizer=folder.path,
+        origin=origin,
+        extra={"source": str(folder.path), "source_config_sha256": file_sha256(folder.path / CONFIG_FILE)},
+        files={f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode()},
+    )
+
+
+def export_hf(
+    nemo: NemoFolder,
+    output: str | Path,
+    *,
+    origin: Origin,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Publish a model artefact as the Hugging Face folder `output`, in shards of at most `shard_bytes`.
+
+    A single tensor larger than that gets a shard of its own. `tensors` is the stream of `nemo.weights`, where the
+    caller wants to watch it.
+    """
+    check_free_space(output, nemo.arch.num_params() * nemo.dtype.itemsize)
+    with publishing(output, kind=KIND, origin=origin, tokens=nemo.manifest.tokens) as draft:
+        copy_tokenizer(nemo.tokenizer, draft.folder)
+        source_config = draft.folder / SOURCE_CONFIG_FILE
+        base = _read_json(draft.folder, SOURCE_CONFIG_FILE) if source_config.exists() else None
+        source_config.unlink(missing_ok=True)
+        values = config_from_arch(nemo.arch, dtype=nemo.dtype, base=base)
+        (draft.folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
+        _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
+
+
+def _unpacked(tensors: Iterable[tuple[str, Tensor]], arch: ModelArch) -> Iterator[tuple[str, Tensor]]:
+    """A stream of logical tensors as the stream of Hugging Face's."""
+    named: dict[str, LogicalTensor] = logical_tensors(arch)
+    for name, tensor in tensors:
+        yield from zip(hf_names(named[name], arch), named[name].row.dims[0].to_hf(tensor, arch), strict=True)
+
+
+def _plan_shards(arch: ModelArch, *, itemsize: int, shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors (name -> shape) of each shard, in the order in which they are read."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in hf_tensors(arch):
+        size = itemsize * torch.Size(shape).numel()
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    return shards
+
+
+def _write_shards(
+    draft: Draft, tensors: Iterator[tuple[str, Tensor]], *, arch: ModelArch, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """The stream as one safetensors file, or as several with an index."""
+    shards = _plan_shards(arch, itemsize=dtype.itemsize, shard_bytes=shard_bytes)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [WEIGHTS_FILE] if len(shards) == 1 else names
+    weight_map = {}
+    for file, shapes in zip(names, shards, strict=True):
+        with SafetensorsWriter(draft.folder / file, shapes, dtype=dtype) as writer:
+            for _ in shapes:
+                name, tensor = next(tensors)
+                writer.write(name, tensor)
+                weight_map[name] = file
+        draft.hashes[file] = writer.sha256
+    # Runs the stream to its end, so that who watches it sees the last tensor.
+    assert next(tensors, None) is None
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": arch.num_params() * dtype.itemsize}, "weight_map": weight_map}
+        (draft.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""The model artefact: a `name.nemo/` folder with its shape, its weights as torch_dist shards and its tokenizer."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from minitron_nemo.artefacts.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    check_sizes,
+    manifest_sha256,
+    read_manifest,
+    verify_files,
+)
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.paths import contained_file
+from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
+from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+
+KIND = "model"
+CONFIG_FILE = "model_config.yaml"
+WEIGHTS = "model_weights"
+TOKENIZER = "tokenizer"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What goes into `tokenizer/`, and nothing else: the folder it is copied from may hold weights or code.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "hf_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class NemoFolder:
+    """An opened, checked model artefact; `open_nemo` makes it. `weights` is a TensorSource, read on demand."""
+
+    path: Path
+    arch: ModelArch
+    dtype: torch.dtype
+    manifest: Manifest
+    weights: TorchDistWeights
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / TOKENIZER
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the manifest: what a child artefact names as its parent."""
+        return manifest_sha256(self.path)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """bf16, fp16 or fp32."""
+    for name, known in PRECISIONS.items():
+        if dtype == known:
+            return name
+    raise UserError(f"dtype {dtype}: weights are stored as bfloat16, float16 or float32")
+
+
+def open_nemo(path: str | Path, *, verify: bool = False) -> NemoFolder:
+    """The model artefact at `path`, its shape, keys and file sizes checked; with `verify` every hash as well.
+
+    Raises UserError in one line for anything that is not a whole model artefact.
+    """
+    path = Path(path)
+    for name in (MANIFEST_FILE, CONFIG_FILE):
+        if not (path / name).is_file():
+            reason = f"no {name}" if path.is_dir() else "no such folder"
+            raise UserError(f"{path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
+    manifest = read_manifest(path, kind=KIND)
+    (verify_files if verify else check_sizes)(path, manifest)
+    arch, dtype = _read_config(path / CONFIG_FILE)
+    weights = TorchDistWeights(path / WEIGHTS, arch, source=CONFIG_FILE)
+    if weights.dtype() != dtype:
+        raise UserError(f"{path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
+    return NemoFolder(path, arch, dtype, manifest, weights)
+
+
+def _read_config(path: Path) -> tuple[ModelArch, torch.dtype]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
+    precision = values.pop("precision", None)
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise UserError(f"{path}: precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+    return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
+
+
+def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
+    """Write into `folder` what is not weights: `model_config.yaml`, and the tokenizer files found in `tokenizer`."""
+    values = {**arch.to_dict(), "precision": precision_name(dtype)}
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (folder / TOKENIZER).mkdir()
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder / TOKENIZER)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo folder."""
+    source = Path(source)
+    if (source / CONFIG_FILE).is_file():
+        source = source / TOKENIZER
+    if not source.is_dir():
+        raise UserError(f"{source}: no such tokenizer folder; give one with tokenizer.json, or a .nemo folder")
+    for name in TOKENIZER_FILES:
+        if (file := contained_file(source, name)) is not None:
+            shutil.copyfile(file, Path(target) / name)
+
+
+def model_facts(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
+    """What the manifest of every model says about it."""
+    return {"arch": arch.to_dict(), "precision": precision_name(dtype)}
+
+
+def write_nemo(
+    path: str | Path,
+    arch: ModelArch,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    tokenizer: str | Path | None,
+    origin: Origin,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Publish a model artefact from a stream of its logical tensors, taking one at a time and storing it as `dtype`.
+
+    `files` are further files of the folder, by relative name; `extra` are further facts for the manifest.
+    """
+    check_free_space(path, arch.num_params() * dtype.itemsize)
+    facts = {**model_facts(arch, dtype), **(extra or {})}
+    with publishing(path, kind=KIND, origin=origin, extra=facts) as draft:
+        describe_folder(draft.folder, arch, dtype=dtype, tokenizer=tokenizer)
+        for name, content in (files or {}).items():
+            (draft.folder / name).write_bytes(content)
+        (draft.folder / WEIGHTS).mkdir()
+        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype)
+        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})

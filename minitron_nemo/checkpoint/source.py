@@ -1,0 +1,53 @@
+"""Where weights come from: logical (unsharded) tensors by name, read on demand, whole or by the box.
+
+A `.nemo` folder, a training checkpoint, a Hugging Face folder, random weights and a model being pruned are all
+sources. Writers take a stream of `(name, tensor)`, which `stream` makes of a source. Names, order and shapes are those
+of `shape.tensors.logical_tensors`.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.tensors import logical_tensors
+
+
+class TensorSource(Protocol):
+    """The weights of one model of shape `arch`."""
+
+    @property
+    def arch(self) -> ModelArch: ...
+
+    def names(self) -> list[str]:
+        """Every logical tensor, in the order of the forward pass."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """The tensor, or a box of it, on the CPU in its stored dtype."""
+
+
+class ShapedSource:
+    """What every source of a model of a known shape has in common: names and shapes follow from `arch`."""
+
+    def __init__(self, arch: ModelArch) -> None:
+        self.arch = arch
+        self.tensors = logical_tensors(arch)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape(self.arch)
+
+
+def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a source, one at a time: what a writer takes."""
+    for name in source.names():
+        yield name, source.read(name)

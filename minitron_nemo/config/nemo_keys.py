@@ -1,0 +1,32 @@
+"""Keys that a user of NeMo will type and that are called something else here, or mean something else."""
+
+import re
+
+# (pattern of the dotted key, text that the refusal must hold, what to write instead)
+NEMO_KEYS = (
+    (r"(.*\.)?save_top_k", "", "NeMo's keeps the best; set keep_latest_k: how many of the newest checkpoints stay"),
+    (
+        r"exp_manager(\..*)?",
+        "",
+        "set run_dir for the place of outputs, and save_every_n_steps and keep_latest_k of <section>.training",
+    ),
+    (r"trainer\.max_steps", "", "set <section>.training.max_steps, such as distill.training.max_steps"),
+    (r"trainer\.max_epochs", "", "training is counted in steps: set <section>.training.max_steps"),
+    (r"trainer\.val_check_interval", "", "set <section>.training.val_check_interval"),
+    (r"trainer\.limit_val_batches", "", "set <section>.training.limit_val_batches"),
+    (r"trainer\.gradient_clip_val", "", "set <section>.training.optim.gradient_clip_val"),
+    (r"trainer\.accumulate_grad_batches", "", "set <section>.training.global_batch_size"),
+    (r"trainer\.precision", "bf16", "the values are auto, bf16 and fp32; NeMo's bf16-mixed is bf16 here"),
+    (r"trainer\.devices", "auto", "give a number: the ranks on each node"),
+    (r"model\.(tensor|pipeline)_model_parallel_size", "", "set it in `parallel`"),
+    (r"model\.(micro|global)_batch_size", "", "set it in <section>.training"),
+    (r"model\.optim(\..*)?", "", "set <section>.training.optim"),
+)
+
+
+def advice(key: str, refusal: str) -> str | None:
+    """What to write instead of a key of NeMo's that was refused; None for any other key."""
+    for pattern, text, instead in NEMO_KEYS:
+        if re.fullmatch(pattern, key) and text in refusal:
+            return instead
+    return None

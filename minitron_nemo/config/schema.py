@@ -1,0 +1,491 @@
+"""Every setting of every section: its type, default, range, unit and meaning, declared once.
+
+YAML under `conf/` says only what differs. Section names are recipe names; the words are those of Megatron-Core and
+NeMo. A section's docstring and its fields' help are what `--help` and docs/configuration.md print.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from minitron_nemo.config.setting import MAX_SIZE, count, path, setting, setting_of
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ACTIVATIONS, FAMILIES, NORMALIZATIONS, ModelArch, RopeScaling
+from minitron_nemo.shape.axes import AXES, shrink
+
+# Bounds in the spirit of `MAX_SIZE`.
+MAX_LAYERS = 10**4
+MAX_RANKS = 10**4
+MAX_STEPS = 10**9
+
+
+class Accelerator(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Precision(Enum):
+    """`auto` is bf16 on GPU and float32 on CPU."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Aggregation(Enum):
+    """How activations become one number (paper 1): over the sequence, then over the samples."""
+
+    mean = "mean"
+    l2 = "l2"
+    variance = "variance"
+
+
+@dataclass
+class RopeScalingConfig:
+    factor: float = setting(MISSING, "what long wavelengths are divided by", at_least=1, at_most=MAX_SIZE)
+    low_freq_factor: float = setting(
+        MISSING, "wavelengths above original / this are divided by `factor`", above=0, at_most=MAX_SIZE
+    )
+    high_freq_factor: float = setting(MISSING, "wavelengths below original / this stay", above=0, at_most=MAX_SIZE)
+    original_max_position_embeddings: int = count(MISSING, "context length before scaling", unit="tokens")
+
+
+@dataclass
+class ModelConfig:
+    """The shape that `dry_run` and `random_init` use. A checkpoint on disk brings its own."""
+
+    num_layers: int = count(MISSING, "transformer layers", at_most=MAX_LAYERS)
+    hidden_size: int = count(MISSING, "channels of the residual stream")
+    ffn_hidden_size: int = count(MISSING, "neurons of the MLP (a gated MLP has this many gates as well)")
+    num_attention_heads: int = count(MISSING, "query heads")
+    num_query_groups: int = count(MISSING, "key/value heads; divides the query heads")
+    kv_channels: int = setting(
+        MISSING,
+        "channels of a head; not tied to hidden/heads; rotary embedding takes them in pairs",
+        at_least=2,
+        at_most=MAX_SIZE,
+        multiple_of=2,
+    )
+    vocab_size: int = count(MISSING, "tokens, without padding")
+    seq_length: int = count(MISSING, "longest position the model was made for", unit="tokens")
+    family: str = setting("llama", "how it is exported to Hugging Face", choices=FAMILIES)
+    activation: str = setting("swiglu", "of the MLP", choices=ACTIVATIONS)
+    normalization: str = setting("RMSNorm", "of every norm", choices=NORMALIZATIONS)
+    norm_epsilon: float = setting(1e-5, "epsilon of the norms", above=0, at_most=1)
+    rotary_base: float = setting(10000.0, "base of the rotary embedding", above=0, at_most=10**12)
+    rotary_percent: float = setting(1.0, "rotated part of each head", above=0, at_most=1)
+    rope_scaling: RopeScalingConfig | None = setting(None, "Llama-3 scaling of the rotary frequencies; null: none")
+    share_embeddings_and_output_weights: bool = setting(False, "one table for input and output")
+
+    def arch(self) -> ModelArch:
+        values = dataclasses.asdict(self)
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return ModelArch(**values)
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how every step runs; NeMo's key names and meanings."""
+
+    devices: int = count(1, "ranks on each node", at_most=1024, how_it_runs=True)
+    num_nodes: int = count(1, "nodes", at_most=MAX_RANKS, how_it_runs=True)
+    accelerator: Accelerator = setting(Accelerator.auto, "`auto`: GPUs where there are any", how_it_runs=True)
+    precision: Precision = setting(Precision.auto, "`auto`: bf16 on GPU, fp32 on CPU")
+    log_every_n_steps: int = count(
+        10, "between records in `metrics.jsonl` and TensorBoard", at_most=MAX_STEPS, unit="steps", how_it_runs=True
+    )
+
+
+@dataclass
+class ParallelConfig:
+    """The number of ranks must be a multiple of tensor x pipeline; what is left is data parallel."""
+
+    tensor_model_parallel_size: int = count(
+        1,
+        "ranks that share each layer; must divide the heads, the query groups and the neurons",
+        at_most=MAX_RANKS,
+        how_it_runs=True,
+    )
+    pipeline_model_parallel_size: int = count(1, "pipeline stages", at_most=MAX_RANKS, how_it_runs=True)
+    sequence_parallel: bool = setting(
+        False, "norms and residuals see a slice of the sequence; needs tensor parallelism", how_it_runs=True
+    )
+    teacher_stage_layers: list[int] | None = count(
+        None,
+        "layers of the teacher on each pipeline stage (`correct_teacher`, `estimate_importance`, `distill`); null: as "
+        "even as they divide, later stages the fewest; `evaluate` always splits evenly",
+        at_most=MAX_LAYERS,
+        how_it_runs=True,
+    )
+    student_stage_layers: list[int] | None = count(
+        None, "the same for the student (`distill`)", at_most=MAX_LAYERS, how_it_runs=True
+    )
+    use_distributed_optimizer: bool = setting(True, "share optimizer state over data-parallel ranks", how_it_runs=True)
+    recompute_activations: bool = setting(
+        False, "recompute each layer in the backward pass: less memory, about a third more time", how_it_runs=True
+    )
+
+
+def blend_setting(help: str) -> Any:
+    """A blend: corpus names and their weights. Its data is hashed, with the weights, as data."""
+    return setting({}, help, above=0, at_most=10**9, how_it_runs=True)
+
+
+@dataclass
+class DataConfig:
+    """What training and calibration read: prepared corpora, blended by weight.
+
+    Documents lie in the order of their hash, so the three shares of the split are fair draws from the corpus.
+    """
+
+    blend: dict[str, float] = blend_setting(
+        "corpus name under `prepare_data.output`, or path prefix of a `.bin/.idx` pair: its weight; weights need not "
+        "add up to 1"
+    )
+    seq_length: int = count(8192, "of a sample", unit="tokens")
+    split: str = setting(
+        "98,2,0",
+        "shares of the documents for training, validation, test",
+        pattern=r"(?!0+(\.0+)?,)[0-9]{1,9}(\.[0-9]{1,9})?(,[0-9]{1,9}(\.[0-9]{1,9})?){2}",
+        form="three numbers for train,validation,test such as '98,2,0', the first above 0",
+    )
+
+
+@dataclass
+class OptimConfig:
+    """Adam with a cosine schedule (paper 2; betas and decay are NeMo's recipe, the papers print none)."""
+
+    lr: float = setting(1e-4, "peak learning rate", above=0, at_most=10)
+    min_lr: float = setting(1e-5, "learning rate at the last step, not above `lr`", at_least=0, at_most=10)
+    warmup_steps: int = count(
+        40, "of linear warm-up; cut to fit a shorter run", at_least=0, at_most=MAX_STEPS, unit="steps"
+    )
+    weight_decay: float = setting(0.1, "decoupled weight decay", at_least=0, at_most=10)
+    betas: list[float] = setting([0.9, 0.95], "Adam's averages", at_least=0, below=1, length=2)
+    eps: float = setting(1e-8, "Adam's epsilon", above=0, at_most=1)
+    gradient_clip_val: float = setting(
+        1.0, "largest norm of the whole gradient; 0: no clipping", at_least=0, at_most=10**6
+    )
+
+
+@dataclass
+class TrainingConfig:
+    """What `correct_teacher.training` and `distill.training` have.
+
+    The schedule is a linear warm-up to `lr`, then a cosine down to `min_lr` at `max_steps`.
+    """
+
+    # Paper 1's light retraining: 400 steps of 1152 samples.
+    max_steps: int = count(400, "of the optimizer", at_most=MAX_STEPS, unit="steps")
+    global_batch_size: int = count(
+        1152, "in a step, all ranks together; a multiple of micro-batch x data-parallel ranks", unit="samples"
+    )
+    micro_batch_size: int = count(1, "in a forward pass", unit="samples", how_it_runs=True)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    val_check_interval: int = count(
+        100, "between validations; 0: never", at_least=0, at_most=MAX_STEPS, unit="steps", how_it_runs=True
+    )
+    limit_val_batches: int = count(4, "in a validation", unit="global batches", how_it_runs=True)
+    save_every_n_steps: int = count(
+        100, "between training checkpoints; 0: none", at_least=0, at_most=MAX_STEPS, unit="steps", how_it_runs=True
+    )
+    keep_latest_k: int = count(2, "how many of the newest training checkpoints stay", how_it_runs=True)
+
+
+@dataclass
+class CorpusConfig:
+    input: str = path(
+        "a text file, a `.jsonl` file, a folder of them, or `stdlib`: the running Python's standard library",
+        default=MISSING,
+    )
+    glob: str = setting("**/*", "which files of a folder")
+    exclude: list[str] = setting([], "globs of files to leave out")
+    text_key: str = setting("text", "field of a jsonl line that holds the text")
+    docstrings_only: bool = setting(False, "of Python files keep the docstrings")
+
+
+@dataclass
+class TrainTokenizerConfig:
+    """A byte-level BPE trained on `prepare_data.corpora`, for models made from scratch."""
+
+    vocab_size: int = setting(2048, "ids, the end-of-text token included", at_least=257, at_most=MAX_SIZE)
+    output: str | None = path("tokenizer folder", place="tokenizer")
+
+
+@dataclass
+class PrepareDataConfig:
+    """Text becomes tokens in Megatron's `.bin/.idx`."""
+
+    corpora: dict[str, CorpusConfig] = setting({}, "corpus name: its source, see below")
+    tokenizer: str | None = path("folder with `tokenizer.json`, or a `.nemo` folder", place="teacher.nemo")
+    workers: int = count(2, "processes that tokenize", at_most=1024, how_it_runs=True)
+    output: str | None = path("folder of the `.bin/.idx/.json` files", place="data")
+
+
+@dataclass
+class RandomInitConfig:
+    """A checkpoint of random weights: the start of pre-training and of the random-init baseline."""
+
+    like: str | None = path("`.nemo` folder whose shape to take; null: `model`")
+    init_method_std: float = setting(
+        0.02,
+        "standard deviation of the matrices; those that write into the residual stream are divided by sqrt(2 x layers)",
+        at_least=0,
+        at_most=10,
+    )
+    tokenizer: str | None = path("tokenizer folder to put in", place="tokenizer")
+    output: str | None = path("`.nemo` folder", place="random_init.nemo")
+
+
+@dataclass
+class ImportHfConfig:
+    """The shape comes from the folder, not from `model`."""
+
+    source: str | None = path("Hugging Face folder, or hub name; has no default")
+    output: str | None = path("`.nemo` folder", place="teacher.nemo")
+
+
+@dataclass
+class CorrectTeacherConfig:
+    """Fine-tune the teacher on the distillation data with cross-entropy (paper 2)."""
+
+    checkpoint: str | None = path("model to fine-tune", place="teacher.nemo")
+    output: str | None = path("`.nemo` folder", place="corrected_teacher.nemo")
+    blend: dict[str, float] = blend_setting("instead of `data.blend`")
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class EstimateImportanceConfig:
+    """Forward passes over calibration samples (paper 1; paper 2)."""
+
+    checkpoint: str | None = path("model to score", place="corrected_teacher.nemo")
+    output: str | None = path("folder of scores", place="importance")
+    num_samples: int = count(
+        1024,
+        "for calibration, each of `data.seq_length` tokens; a multiple of micro-batch x data-parallel ranks",
+        unit="samples",
+    )
+    micro_batch_size: int = count(1, "in a forward pass", unit="samples", how_it_runs=True)
+    sequence_aggregation: Aggregation = setting(Aggregation.mean, "over the tokens of a sample")
+    batch_aggregation: Aggregation = setting(Aggregation.l2, "over the samples")
+
+
+@dataclass
+class TargetConfig:
+    """Shape to prune to; what is unset stays as it is."""
+
+    num_layers: int | None = count(None, "layers to keep; null: all", at_most=MAX_LAYERS)
+    hidden_size: int | None = count(None, "channels to keep; null: all")
+    ffn_hidden_size: int | None = count(None, "neurons to keep in each layer; null: all")
+    num_attention_heads: int | None = count(None, "query heads to keep, a multiple of the query groups; null: all")
+    drop_layers: list[int] | None = count(
+        None,
+        "layers to drop, counted from 1 as in the paper; null: those of lowest block importance, down to `num_layers`",
+        at_most=MAX_LAYERS,
+    )
+
+    def shrink(self, source: ModelArch) -> ModelArch:
+        """The target shape; `drop_layers` also sets `num_layers`."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if self.drop_layers is not None:
+            left = self._layers_left(source)
+            if self.num_layers not in (None, left):
+                raise UserError(
+                    f"prune.target.num_layers={self.num_layers}: drop_layers leaves {left}; give one of the two"
+                )
+            sizes["num_layers"] = left
+        try:
+            return shrink(source, **sizes)
+        except UserError as error:
+            raise UserError(f"prune.target.{error}") from None
+
+    def _layers_left(self, source: ModelArch) -> int:
+        dropped = self.drop_layers or []
+        if len(set(dropped)) != len(dropped) or not all(1 <= layer <= source.num_layers for layer in dropped):
+            raise UserError(
+                f"prune.target.drop_layers={dropped}: layers are counted from 1 to {source.num_layers}, each at most "
+                "once"
+            )
+        return source.num_layers - len(dropped)
+
+
+@dataclass
+class PruneConfig:
+    """Cut a model to a smaller shape by its scores, or by a plan that exists."""
+
+    checkpoint: str | None = path("model to cut", place="corrected_teacher.nemo")
+    importance: str | None = path("its scores", place="importance")
+    plan: str | None = path("a `plan.json` to apply; `importance` and `target` are then not used")
+    target: TargetConfig = field(default_factory=TargetConfig)
+    output: str | None = path("`.nemo` folder, with `plan.json` inside", place="pruned.nemo")
+
+
+@dataclass
+class DistillConfig:
+    """Train the student against the frozen teacher's logits (paper 1; paper 2)."""
+
+    checkpoint: str | None = path("the student's start", place="pruned.nemo")
+    teacher: str | None = path("the frozen teacher", place="corrected_teacher.nemo")
+    teacher_model: ModelConfig | None = setting(
+        None,
+        "fields of `model`: shape of the teacher for `dry_run`, where it is not the model that is cut",
+        how_it_runs=True,
+    )
+    output: str | None = path("`.nemo` folder of the student", place="student.nemo")
+    blend: dict[str, float] = blend_setting("instead of `data.blend`")
+    temperature: float = setting(1.0, "divides both logits in the KL", above=0, at_most=1000)
+    kl_weight: float = setting(1.0, "weight of the forward KL; the papers use it alone", at_least=0, at_most=10**6)
+    cross_entropy_weight: float = setting(0.0, "weight of the cross-entropy with the text", at_least=0, at_most=10**6)
+    chunk_tokens: int = count(
+        1024, "whose logits exist at a time; `correct_teacher` uses it too", unit="tokens", how_it_runs=True
+    )
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Loss on held-out text, and closeness to a reference model."""
+
+    checkpoint: str | None = path("model to evaluate", place="student.nemo")
+    reference: str | None = path(
+        "model to compare with: forward KL and top-1 agreement", place="corrected_teacher.nemo"
+    )
+    output: str | None = path("JSON file", place="eval/{checkpoint}.json")
+    blend: dict[str, float] = blend_setting("instead of `data.blend`")
+    num_samples: int = count(256, "held out; a multiple of micro-batch x data-parallel ranks", unit="samples")
+    micro_batch_size: int = count(1, "in a forward pass", unit="samples", how_it_runs=True)
+    chunk_tokens: int = count(1024, "whose logits exist at a time", unit="tokens", how_it_runs=True)
+
+
+@dataclass
+class ExportHfConfig:
+    """A folder that `transformers` opens."""
+
+    checkpoint: str | None = path("model to export", place="student.nemo")
+    output: str | None = path("Hugging Face folder", place="{checkpoint}_hf")
+
+
+@dataclass
+class StepConfig:
+    recipe: str = setting(MISSING, "a file of `recipes/`, without `.py`")
+    name: str | None = setting(None, "what the log calls the step; null: the recipe")
+    overrides: list[str] = setting([], "overrides for this step alone, as on the command line")
+    models: list[str] = setting([], "run the step once for each name, which replaces `{model}` in the overrides")
+
+
+PAPER_CHAIN = (
+    "import_hf",
+    "prepare_data",
+    "correct_teacher",
+    "estimate_importance",
+    "prune",
+    "distill",
+    "evaluate",
+    "export_hf",
+)
+
+
+@dataclass
+class PipelineConfig:
+    """Which recipes `recipes/pipeline.py` runs, in order; each may carry overrides of this same config."""
+
+    steps: list[StepConfig] = setting(
+        [StepConfig(recipe=name) for name in PAPER_CHAIN],
+        "what `recipes/pipeline.py` runs, in order; the default is the paper's chain of eight recipes, see above",
+    )
+
+
+@dataclass
+class ReportConfig:
+    """One table and one page of plots for all models of a run."""
+
+    models: list[str] = setting(
+        [], "model names in the order of the table; each needs `<name>.nemo` and `eval/<name>.json` under `run_dir`"
+    )
+    output: str | None = path("HTML file; the JSON of the same name goes beside it", place="report.html")
+
+
+@dataclass
+class Config:
+    """A whole composed config: what every recipe is given."""
+
+    name: str = setting(MISSING, "name of the run; every config sets it", how_it_runs=True)
+    run_dir: str = path("where artefacts are made when no path is given", default="runs/${name}")
+    seed: int = setting(1234, "order of the data, calibration samples, random weights", at_least=0, at_most=2**32 - 1)
+    dry_run: bool = setting(
+        False, "compose, check, print shapes, layout and memory; allocate and write nothing", how_it_runs=True
+    )
+    overwrite: bool = setting(
+        False,
+        "replace an output that another configuration made; what is up to date is still skipped",
+        how_it_runs=True,
+    )
+    model: ModelConfig | None = setting(
+        None, "shape of the teacher, see below; null: only checkpoints on disk have shapes"
+    )
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train_tokenizer: TrainTokenizerConfig = field(default_factory=TrainTokenizerConfig)
+    prepare_data: PrepareDataConfig = field(default_factory=PrepareDataConfig)
+    random_init: RandomInitConfig = field(default_factory=RandomInitConfig)
+    import_hf: ImportHfConfig = field(default_factory=ImportHfConfig)
+    correct_teacher: CorrectTeacherConfig = field(default_factory=CorrectTeacherConfig)
+    estimate_importance: EstimateImportanceConfig = field(default_factory=EstimateImportanceConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export_hf: ExportHfConfig = field(default_factory=ExportHfConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def model_arch(self) -> ModelArch:
+        """The shape in `model`; UserError where the config has none."""
+        if self.model is None:
+            raise UserError("model.num_layers is not set: this needs the sizes of `model`, or a checkpoint on disk")
+        try:
+            return self.model.arch()
+        except UserError as error:
+            raise UserError(f"model.{error}") from None
+
+    @property
+    def layout(self) -> Layout:
+        """How the ranks of `trainer` are shared out by `parallel`."""
+        trainer, parallel = self.trainer, self.parallel
+        try:
+            return Layout.of_world(
+                trainer.devices * trainer.num_nodes,
+                tp=parallel.tensor_model_parallel_size,
+                pp=parallel.pipeline_model_parallel_size,
+                sequence_parallel=parallel.sequence_parallel,
+            )
+        except UserError as error:
+            if str(error).startswith("parallel."):
+                raise
+            raise UserError(f"trainer.devices={trainer.devices} on {trainer.num_nodes} node(s): {error}") from None
+
+
+def identity(section: Any) -> dict[str, Any]:
+    """What a section makes, as plain values for a fingerprint: every field but those marked as how it runs."""
+    return {
+        known.name: _plain(getattr(section, known.name))
+        for known in dataclasses.fields(section)
+        if not setting_of(known).how_it_runs
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return identity(value)
+    if isinstance(value, dict):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value.value if isinstance(value, Enum) else value

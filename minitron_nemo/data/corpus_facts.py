@@ -1,0 +1,51 @@
+"""What is known of a prepared corpus: the `<name>.json` beside its .bin and .idx."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from minitron_nemo.errors import UserError
+
+
+@dataclass
+class Skipped:
+    """What was left out, and how often."""
+
+    undecodable_files: int = 0  # not UTF-8 or, when docstrings are wanted, not Python
+    without_docstring: int = 0
+    empty: int = 0  # documents of white space
+    duplicates: int = 0
+
+    def describe(self) -> str:
+        counts = [f"{count} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count]
+        return f"left out: {', '.join(counts)}" if counts else "nothing left out"
+
+    def add(self, other: "Skipped") -> None:
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What `<name>.json` says about a prepared corpus."""
+
+    documents: int
+    tokens: int  # with one end-of-document token for each document
+    text_bytes: int  # UTF-8, before tokenization
+    skipped: Skipped
+    tokenizer: str  # fingerprint
+    vocab_size: int  # of the tokenizer: every id is below
+    eod: int
+    dtype: str
+    sha256: dict[str, str]  # of the .bin and the .idx
+
+
+def read_facts(path: Path) -> CorpusFacts:
+    """Raises UserError for a file that is not the facts of a prepared corpus."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return CorpusFacts(**{**values, "skipped": Skipped(**values["skipped"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not the facts of a prepared corpus ({error}); prepare it again: python recipes/prepare_data.py"
+        ) from None

@@ -1,0 +1,83 @@
+"""Process groups of a layout, as every part of the program sees them. A group of one rank is None: alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_nemo.distributed.layout import Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups and its places in them; without arguments one process alone on the CPU."""
+
+    layout: Layout = field(default_factory=Layout)
+    tp: dist.ProcessGroup | None = None
+    pp: dist.ProcessGroup | None = None
+    dp: dist.ProcessGroup | None = None
+    rank: int = 0
+    tp_rank: int = 0
+    pp_rank: int = 0
+    dp_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def sequence(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the slices of one sequence where norms and layers see only a slice."""
+        return self.tp if self.layout.sequence_parallel else None
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that speaks: logs, manifests, reports."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this rank's peer on the last pipeline stage: where the losses are."""
+        return dist.get_process_group_ranks(self.pp)[-1] if self.pp is not None else self.rank
+
+    def barrier(self) -> None:
+        if self.layout.world_size > 1:
+            dist.barrier()
+
+    def share_json(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, on every rank; bytes cross, never pickles."""
+        world_size = self.layout.world_size
+        if world_size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(world_size)]
+        dist.all_gather(sizes, torch.tensor([text.numel()], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: text.numel()] = text
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        return [json.loads(bytes(part[: int(size)].cpu().tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+    def sum_over_batch(self, sums: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, float]:
+        """Named sums of micro-batches, which the last stage holds, summed over the global batch; known on every rank.
+
+        `names` are the keys of every mapping: the other stages have none to read them from.
+        """
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        if sums:
+            total += torch.stack([torch.stack([part[name] for name in names]) for part in sums]).sum(dim=0)
+        if self.dp is not None:
+            dist.all_reduce(total, group=self.dp)
+        if self.pp is not None:
+            dist.broadcast(total, src=self.last_stage_rank, group=self.pp)
+        return dict(zip(names, total.tolist(), strict=True))

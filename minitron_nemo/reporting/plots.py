@@ -1,0 +1,266 @@
+"""The report's figures, as SVG to stand inside an HTML page and take its text color."""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from io import StringIO
+from itertools import zip_longest
+from typing import Any, TypeGuard
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from torch import Tensor
+
+from minitron_nemo.importance.scores import ImportanceScores
+from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.reporting.collect import Records
+from minitron_nemo.reporting.table import sizes
+from minitron_nemo.shape.arch import ModelArch, billions
+from minitron_nemo.shape.axes import AXES
+
+# Of middle lightness, so that they read on white and on black.
+COLORS = ("#4477cc", "#e08030", "#2f9e77", "#b8559f", "#b8942a", "#3f9fb5", "#d1495b", "#8a8f98")
+INK = "#010203"  # stands for the page's text color until the SVG is written
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "minitron_nemo",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+# Of the panels of importance; an axis without a line here goes by its own name.
+TITLES = {
+    "hidden_size": "Hidden channels",
+    "ffn_hidden_size": "Feed-forward neurons",
+    "num_attention_heads": "Attention heads",
+}
+
+Series = tuple[list[float], list[float]]
+
+
+def loss_curves(curves: Mapping[str, Records], names: Sequence[str]) -> str:
+    """Training (thin) and validation (marked) losses over the tokens of each run; empty without records."""
+    panels = [
+        ("Cross-entropy", "cross_entropy", "val_cross_entropy"),
+        ("Forward KL from the teacher", "forward_kl", "val_forward_kl"),
+    ]
+    drawn = [panel for panel in panels if any(_series(records, *panel[1:]) for records in curves.values())]
+    if not drawn:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+        axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+        for axis, (title, training, validation) in zip(axes, drawn, strict=True):
+            tops = []
+            for name, records in curves.items():
+                color = _color(name, names)
+                tops += _draw_run(axis, records, (training, validation), color=color)
+            axis.set(title=title, xlabel="training tokens")
+            axis.set_ylim(top=1.05 * max(tops))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+        _legend(figure, list(curves), names)
+        return _svg(figure, "Losses over training tokens")
+
+
+def _draw_run(axis: Axes, records: Records, keys: tuple[str, str], *, color: str) -> list[float]:
+    """Draws both lines; returns values that the panel has to show (the first steps may leave it at the top)."""
+    training, validation = _points(records, keys[0]), _points(records, keys[1])
+    axis.plot(*training, color=color, linewidth=0.8, alpha=0.45)
+    axis.plot(*validation, color=color, linewidth=1.6, marker="o", markersize=3)
+    if validation[1]:
+        return validation[1]
+    return training[1][len(training[1]) // 10 :]
+
+
+def _series(records: Records, *keys: str) -> bool:
+    return any(_points(records, key)[1] for key in keys)
+
+
+def _points(records: Records, key: str) -> Series:
+    """Tokens and values of one column, where a record has it."""
+    tokens: list[float] = []
+    values: list[float] = []
+    for record in records:
+        consumed, value = record.get("consumed_tokens"), record.get(key)
+        if _is_finite(value) and _is_finite(consumed):
+            tokens.append(consumed)
+            values.append(value)
+    return tokens, values
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def importance(scores: ImportanceScores, plans: Mapping[str, PruningPlan]) -> str:
+    """The scores of the model, a panel for each axis, with what the plans of this model cut."""
+    names = [name for name in AXES if name in scores.by_axis]
+    targets = [plan.target for plan in plans.values() if plan.source == scores.arch]
+    dropped = {layer for plan in plans.values() if plan.source == scores.arch for layer in plan.dropped_layers()}
+    num_rows = math.ceil(len(names) / 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
+        panels = figure.subplots(num_rows, 2, squeeze=False).flat
+        for panel, name in zip_longest(panels, names):
+            if name is None:
+                panel.set_visible(False)
+            elif AXES[name].is_layers:
+                _draw_layers(panel, scores[name], dropped=dropped)
+            elif not AXES[name].per_layer:
+                kept = {AXES[name].size(target) for target in targets}
+                _draw_ranked(panel, scores[name], title=TITLES.get(name, name), kept=kept)
+            elif AXES[name].within is not None:
+                _draw_units(panel, figure, scores[name], title=TITLES.get(name, name))
+            else:
+                _draw_spread(panel, scores[name], title=TITLES.get(name, name))
+        return _svg(figure, "Importance of the units of every axis")
+
+
+def _draw_layers(panel: Axes, scores: Tensor, *, dropped: Collection[int]) -> None:
+    """Every layer a bar, counted from 1."""
+    numbers = range(1, len(scores) + 1)
+    colors = [COLORS[6] if number in dropped else COLORS[0] for number in numbers]
+    panel.bar(numbers, scores.tolist(), color=colors, width=0.75)
+    panel.set(title="Block importance" + (" (red: dropped)" if dropped else ""), xlabel="layer", ylabel="1 - cosine")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_units(panel: Axes, figure: Figure, scores: Tensor, *, title: str) -> None:
+    """Every unit of every layer a patch, for axes of few units; `scores` is [layers, units]."""
+    relative = scores / scores.mean(dim=1, keepdim=True).clamp_min(1e-30)
+    columns, rows = (torch.arange(size + 1) + 0.5 for size in reversed(scores.shape))
+    few_colors = matplotlib.colormaps["viridis"].resampled(32)  # with more, the color bar becomes a bitmap
+    mesh = panel.pcolormesh(columns.numpy(), rows.numpy(), relative.numpy(), cmap=few_colors)
+    panel.set(title=f"{title} (1: mean of the layer)", xlabel="unit", ylabel="layer")
+    panel.grid(visible=False)
+    panel.invert_yaxis()
+    for side in (panel.xaxis, panel.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(mesh, ax=panel).outline.set_visible(False)
+
+
+def _draw_spread(panel: Axes, scores: Tensor, *, title: str) -> None:
+    """Quantiles over the units of every layer, for axes of many units; `scores` is [layers, units]."""
+    numbers = list(range(1, len(scores) + 1))
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    low, lower, median, upper, high = torch.quantile(scores.double(), quantiles, dim=1).tolist()
+    panel.fill_between(numbers, low, high, color=COLORS[2], alpha=0.2, linewidth=0, label="5 to 95 % of units")
+    panel.fill_between(numbers, lower, upper, color=COLORS[2], alpha=0.35, linewidth=0, label="25 to 75 %")
+    panel.plot(numbers, median, color=COLORS[2], marker="o", markersize=3, label="median")
+    if min(low) > 0:
+        _log_scale(panel)
+    panel.set(title=title, xlabel="layer", ylabel="score")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.legend(fontsize=8)
+
+
+def _draw_ranked(panel: Axes, scores: Tensor, *, title: str, kept: Collection[int]) -> None:
+    """The units of the whole model from the best down, with the sizes that plans keep."""
+    ranked = scores.sort(descending=True).values.tolist()
+    panel.plot(range(1, len(ranked) + 1), ranked, color=COLORS[3])
+    for size in sorted(set(kept) - {len(ranked)}):
+        panel.axvline(size, color=COLORS[6], linewidth=1)
+        panel.annotate(f"{size} kept", (size, ranked[0]), xytext=(-4, 0), textcoords="offset points", fontsize=8,
+                       color=COLORS[6], ha="right", va="top")  # fmt: skip
+    if ranked[-1] > 0:
+        _log_scale(panel)
+    panel.set(title=f"{title}, ranked", xlabel="rank", ylabel="score")
+
+
+def _log_scale(axis: Axes) -> None:
+    """Plain tick labels: the powers that matplotlib writes by itself are mathematics, which names must not become."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def shapes(archs: Mapping[str, ModelArch]) -> str:
+    """The sizes of each distinct shape, a panel per axis."""
+    rows = {name: {**sizes(arch), "parameters": arch.num_params()} for name, arch in archs.items()}
+    names = list(archs)
+    titles = list(rows[names[0]])
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(9.5, 0.8 + 0.34 * len(names)), layout="constrained")
+        axes = figure.subplots(1, len(titles), sharey=True)
+        for axis, title in zip(axes, titles, strict=True):
+            form = billions if title == "parameters" else str
+            _draw_bars(axis, names, [rows[name][title] for name in names], title=title, form=form, colors=names)
+        axes[0].invert_yaxis()  # shared by all: the first name on top
+        return _svg(figure, "Shapes before and after")
+
+
+def results(models: Mapping[str, dict[str, Any]]) -> str:
+    """Cross-entropy, divergence from the reference and agreement of every model, as bars from zero."""
+    columns = {
+        "cross_entropy": ("cross-entropy", lambda value: f"{value:.3f}"),
+        "forward_kl": ("forward KL", lambda value: f"{value:.3f}"),
+        "top1_agreement": ("top-1 agreement", lambda value: f"{value:.1%}"),
+    }
+    names = list(models)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(9.5, 0.8 + 0.34 * len(names)), layout="constrained")
+        axes = figure.subplots(1, len(columns), sharey=True)
+        for axis, (key, (title, form)) in zip(axes, columns.items(), strict=True):
+            values = [models[name][key] for name in names]
+            _draw_bars(axis, names, values, title=title, form=form, colors=names)
+        axes[0].invert_yaxis()  # shared by all: the first name on top
+        return _svg(figure, "Results of every model")
+
+
+def _draw_bars(
+    axis: Axes, names: Sequence[str], values: Sequence[Any], *, title: str, form: Any, colors: Sequence[str]
+) -> None:
+    finite = [value if _is_finite(value) else 0.0 for value in values]
+    bars = axis.barh(names, finite, color=[_color(name, colors) for name in names], height=0.7)
+    labels = [form(value) if _is_finite(value) else "-" for value in values]
+    axis.bar_label(bars, labels=labels, padding=3, fontsize=8)
+    axis.set_title(title)
+    axis.set_xlim(0, 1.35 * (max(finite) or 1.0))
+    axis.xaxis.set_visible(False)
+    axis.spines["bottom"].set_visible(False)
+    axis.tick_params(left=False)
+
+
+def _legend(figure: Figure, drawn: Sequence[str], names: Sequence[str]) -> None:
+    handles = [matplotlib.lines.Line2D([], [], color=_color(name, names), linewidth=2, label=name) for name in drawn]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+
+
+def _color(name: str, names: Sequence[str]) -> str:
+    return COLORS[list(names).index(name) % len(COLORS)]
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure without the parts that only a file of its own needs; text takes the color of the page."""
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).replace(INK, "currentColor")

@@ -1,0 +1,60 @@
+"""Steps that run on ranks: checked, described and started for the layout of the config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minitron_nemo.config.rules import check_ranks
+from minitron_nemo.config.schema import Config
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.launch import run_on_ranks
+from minitron_nemo.distributed.ranks import Rank, uses_gpu
+from minitron_nemo.errors import UserError
+from minitron_nemo.progress import set_up_logging
+from minitron_nemo.steps.describe import shapes
+from minitron_nemo.steps.step import Job, Recipe
+
+
+@dataclass(frozen=True)
+class RankRecipe(Recipe):
+    """A recipe whose `run(config, job, groups)` is called on every rank of the layout."""
+
+    @property
+    def processes(self) -> str:
+        return "ranks"
+
+    def check_config(self, config: Config) -> None:
+        check_ranks(config)
+        self.check(config)
+
+    def describe(self, config: Config) -> list[str]:
+        """The layout and the data, then the recipe's own lines; refuses a shape that cannot be laid out."""
+        layout, parallel, model = config.layout, config.parallel, shapes(config)
+        layout.check(model.teacher, name="teacher", stages=parallel.teacher_stage_layers)
+        layout.check(model.student, name="student", stages=parallel.student_stage_layers)
+        blend = getattr(self.section(config), "blend", None) or config.data.blend
+        total = sum(blend.values())
+        names = ", ".join(f"{weight / total:.0%} {name}" for name, weight in blend.items()) or "no blend"
+        nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} ranks"
+        return [
+            f"  layout    {nodes}: {layout.describe()}",
+            f"  data      {names}, {config.data.seq_length} tokens a sample",
+            *self.lines(config),
+        ]
+
+    def start(self, config: Config, job: Job) -> None:
+        gpu = uses_gpu(config.trainer.accelerator.value)
+        run_on_ranks(_on_rank, self.run, config, job, num_ranks=config.trainer.devices, gpu=gpu)
+
+
+def _on_rank(rank: Rank, run: Callable[[Config, Job, Groups], None], config: Config, job: Job) -> None:
+    """Check the world that this rank finds itself in, form the groups of the layout and run the step."""
+    from minitron_nemo.engine.groups import form_groups
+
+    set_up_logging(is_main=rank.rank == 0)
+    layout = config.layout
+    if rank.world_size != layout.world_size:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: "
+            f"the launcher started {rank.world_size} ranks; make the two agree"
+        )
+    run(config, job, form_groups(rank, layout, gpu=uses_gpu(config.trainer.accelerator.value)))

@@ -1,0 +1,84 @@
+"""One training run, from a checkpoint to a published `.nemo`: what correction and distillation share."""
+
+import logging
+from pathlib import Path
+
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats.nemo import NemoFolder
+from minitron_nemo.config.schema import TrainingConfig
+from minitron_nemo.data.blend import Blend
+from minitron_nemo.data.datasets import batches_on, build_datasets
+from minitron_nemo.engine.model import BuildOptions, build_model, engine_choice
+from minitron_nemo.engine.weights import load_weights
+from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
+from minitron_nemo.training.loop import TrainingRun, train
+from minitron_nemo.training.objectives import Objective
+from minitron_nemo.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def train_model(
+    source: NemoFolder,
+    output: Path,
+    *,
+    objective: Objective,
+    options: BuildOptions,
+    blend: Blend,
+    training: TrainingConfig,
+    run_dir: Path,
+    origin: Origin,
+    log_every_n_steps: int = 10,
+) -> None:
+    """Load a model, train it with the objective and publish the result as the `.nemo` `output`; on all ranks.
+
+    Training checkpoints and logs go under `run_dir`; a run of the same origin that was stopped goes on from its newest
+    checkpoint.
+    """
+    groups, arch, name = options.groups, source.arch, output.name.removesuffix(".nemo")
+    logger.info(engine_choice(groups.device, options.dtype))
+    model = build_model(arch, options)
+    load_weights(model, source.weights, groups)
+    train_data, valid_data = build_datasets(
+        blend,
+        num_train=training.max_steps * training.global_batch_size,
+        num_valid=training.limit_val_batches * training.global_batch_size,
+    )
+    assert train_data is not None
+    assert valid_data is not None
+    state = TrainState.start(
+        model, training.optim, max_steps=training.max_steps, distributed_optimizer=options.distributed_optimizer
+    )
+    checkpoints = CheckpointFolder(
+        run_dir / "checkpoints" / name,
+        origin.fingerprint,
+        arch,
+        groups,
+        layout=layout_in_words(options),
+        keep=training.keep_latest_k,
+    )
+    run = TrainingRun(
+        name=name,
+        config=training,
+        groups=groups,
+        checkpoints=checkpoints,
+        logs=run_dir / "logs" / name,
+        train_batch=batches_on(groups.device, train_data),
+        valid_batch=batches_on(groups.device, valid_data),
+        seq_length=blend.seq_length,
+        flops_per_token=objective.flops_per_token(arch, blend.seq_length),
+        log_every_n_steps=log_every_n_steps,
+    )
+    train(run, state, objective)
+    tokens = state.position.consumed_tokens
+    save_model(output, state.model, arch, groups, tokenizer=source.tokenizer, tokens=tokens, origin=origin)
+
+
+def layout_in_words(options: BuildOptions) -> str:
+    """What must stay the same for a training checkpoint to be resumed."""
+    layout = options.groups.layout
+    return (
+        f"tensor {layout.tp}, pipeline {layout.pp} (layers {options.stage_layers or 'even'}), "
+        f"data {layout.dp}, sequence_parallel {layout.sequence_parallel}, "
+        f"use_distributed_optimizer {options.distributed_optimizer}, {options.dtype}"
+    )

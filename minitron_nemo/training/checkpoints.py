@@ -1,0 +1,147 @@
+"""Training checkpoints: model, optimizer, schedule and position, so that a resumed run equals an uninterrupted one.
+
+`checkpoints/<name>/step_XXXXXXXX/` is published by one rename. Model weights are a torch_dist folder of any layout;
+the optimizer's state is one safetensors file per rank, so a run resumes under the layout it was stopped in.
+Nothing random needs storing: dropout is off and sample i of the data depends on the seed and i alone. The trained
+model is published the same way, without the optimizer.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.artefacts.manifest import read_manifest, verify_files
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.publishing import begin
+from minitron_nemo.checkpoint.formats.nemo import KIND as MODEL
+from minitron_nemo.checkpoint.formats.nemo import WEIGHTS, describe_folder, model_facts
+from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.schedule import unwrap
+from minitron_nemo.engine.weights import load_weights, write_weights
+from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.training.optimizer_state import read_optimizer, write_optimizer
+from minitron_nemo.training.state import Position, TrainState
+
+logger = logging.getLogger(__name__)
+
+KIND = "training_state"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The training checkpoints of one run. `fingerprint` identifies the run; a resumed run must have the same."""
+
+    path: Path
+    fingerprint: str
+    arch: ModelArch
+    groups: Groups
+    layout: str  # under another one the files of the ranks would not fit
+    keep: int = 2
+
+    def save(self, state: TrainState) -> None:
+        """Publish `step_XXXXXXXX`, then drop the oldest beyond `keep`. Collective."""
+        position = state.position
+        with _publishing_weights(
+            self.path / f"step_{position.step:08d}",
+            state.model,
+            self.arch,
+            self.groups,
+            kind=KIND,
+            origin=Origin(self.fingerprint, overwrite=True),
+            tokens=position.consumed_tokens,
+            extra={"layout": self.layout, "position": vars(position)},
+        ) as folder:
+            write_optimizer(folder / f"optimizer_{self.groups.rank:05d}.safetensors", state)
+        if self.groups.is_main:
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(old)
+        self.groups.barrier()
+
+    def resume(self, state: TrainState) -> None:
+        """Restore the newest whole checkpoint of this run; nothing when there is none. Collective."""
+        found = self.groups.share_json(self._newest() if self.groups.is_main else None)[0]
+        if found is None:
+            return
+        folder = Path(found)
+        manifest = read_manifest(folder, kind=KIND)
+        if (layout := manifest.extra["layout"]) != self.layout:
+            raise UserError(
+                f"{folder} was made under the layout {layout}, this is {self.layout}: resume under that layout, "
+                f"or remove {self.path} to start again"
+            )
+        weights = TorchDistWeights(folder / WEIGHTS, self.arch, source="the run's model")
+        load_weights(unwrap(state.model), weights, self.groups)
+        read_optimizer(folder / f"optimizer_{self.groups.rank:05d}.safetensors", state)
+        state.position = Position(**manifest.extra["position"])
+        logger.info(f"resumed from {folder}")
+
+    def steps(self) -> list[Path]:
+        """The checkpoints of this run, oldest first. Those of another configuration are left alone."""
+        return [folder for folder in self._all_steps() if _fingerprint(folder) == self.fingerprint]
+
+    def _all_steps(self) -> list[Path]:
+        return sorted(self.path.glob("step_" + "[0-9]" * 8))
+
+    def _newest(self) -> str | None:
+        """The newest checkpoint whose every file has the right hash; what is passed over is named."""
+        own = self.steps()
+        if others := [folder.name for folder in self._all_steps() if folder not in own]:
+            logger.warning(f"{self.path}: {', '.join(others)} of another configuration: neither resumed nor removed")
+        for folder in reversed(own):
+            try:
+                verify_files(folder, read_manifest(folder, kind=KIND))
+                return str(folder)
+            except UserError as error:
+                logger.warning(f"{error}; trying an older checkpoint")
+        return None
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Whose checkpoint it is; None when that cannot be read."""
+    try:
+        return read_manifest(folder, kind=KIND).fingerprint
+    except UserError:
+        return None
+
+
+def save_model(
+    path: Path, model: Any, arch: ModelArch, groups: Groups, *, tokenizer: Path, tokens: int, origin: Origin
+) -> None:
+    """Publish a trained model as a `.nemo` folder from all ranks. Collective."""
+    dtype = next(unwrap(model).parameters()).dtype
+    facts = model_facts(arch, dtype)
+    with _publishing_weights(path, model, arch, groups, kind=MODEL, origin=origin, tokens=tokens, extra=facts) as temp:
+        if groups.is_main:
+            describe_folder(temp, arch, dtype=dtype, tokenizer=tokenizer)
+
+
+@contextmanager
+def _publishing_weights(
+    target: Path,
+    model: Any,
+    arch: ModelArch,
+    groups: Groups,
+    *,
+    kind: str,
+    origin: Origin,
+    tokens: int,
+    extra: Mapping[str, Any],
+) -> Iterator[Path]:
+    """A folder known to all ranks, for them to fill; the weights of the model join it and rank 0 publishes it."""
+    draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra) if groups.is_main else None
+    folder = Path(groups.share_json(str(draft.folder) if draft else None)[0])
+    yield folder
+    if draft:
+        (folder / WEIGHTS).mkdir()
+    groups.barrier()
+    hashes = write_weights(folder / WEIGHTS, unwrap(model), arch, groups)
+    if draft:
+        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
+        draft.finish()
+    groups.barrier()

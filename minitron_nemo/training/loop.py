@@ -1,0 +1,121 @@
+"""The one training loop. What it minimizes is an argument."""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minitron_nemo.config.schema import TrainingConfig
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.schedule import Batch, GetBatch
+from minitron_nemo.errors import UserError
+from minitron_nemo.losses.output import LOSS, TOKENS
+from minitron_nemo.progress import progress
+from minitron_nemo.training.checkpoints import CheckpointFolder
+from minitron_nemo.training.metrics import MetricsWriter, peak_flops
+from minitron_nemo.training.objectives import Objective, batch_sums, means
+from minitron_nemo.training.state import Position, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """All the loop needs besides the state and the objective."""
+
+    name: str
+    config: TrainingConfig
+    groups: Groups
+    checkpoints: CheckpointFolder
+    logs: Path
+    train_batch: GetBatch
+    valid_batch: GetBatch
+    seq_length: int
+    flops_per_token: float  # of a training step, teacher included
+    log_every_n_steps: int = 10
+
+
+def train(run: TrainingRun, state: TrainState, objective: Objective) -> None:
+    """Train to `max_steps`, resuming where a stopped run was."""
+    config, groups = run.config, run.groups
+    run.checkpoints.resume(state)
+    position = state.position
+    metrics = MetricsWriter(run.logs, resumed_step=position.step, enabled=groups.is_main)
+    tokens_per_step = config.global_batch_size * run.seq_length
+    total, done = config.max_steps * tokens_per_step, position.step * tokens_per_step
+    seconds: list[float] = []  # of the steps since the last record
+    with progress(total, run.name, unit="token", done=done, enabled=groups.is_main) as bar:
+        while position.step < config.max_steps:
+            started = time.monotonic()
+            record = train_step(run, state, objective)
+            seconds.append(time.monotonic() - started)
+            bar.advance(tokens_per_step, loss=record[LOSS])
+            is_last = position.step == config.max_steps
+            if is_last or _is_due(position.step, run.log_every_n_steps):
+                speed = _speed(len(seconds) * tokens_per_step / sum(seconds), run)
+                metrics.write(step=position.step, **record, **speed)
+                seconds.clear()
+            if config.val_check_interval and (is_last or _is_due(position.step, config.val_check_interval)):
+                losses = {f"val_{name}": value for name, value in validate(run, state, objective).items()}
+                metrics.write(step=position.step, consumed_tokens=position.consumed_tokens, **losses)
+            if _is_due(position.step, config.save_every_n_steps) and not is_last:
+                run.checkpoints.save(state)
+    metrics.close()
+
+
+def train_step(run: TrainingRun, state: TrainState, objective: Objective) -> dict[str, float]:
+    """One global batch: forward, backward, clip, step. Moves the position on and returns the record of the step."""
+    position = state.position
+    batches = _micro_batches(run, run.train_batch, position.consumed_samples)
+    learning_rate = state.learning_rate
+    state.zero_gradients()
+    sums = batch_sums(state.model, batches, objective, groups=run.groups, train=True)
+    _refuse_non_finite(sums.values(), position, run.logs)
+    grad_norm = state.step()
+    _refuse_non_finite([grad_norm], position, run.logs)
+    position.advance(samples=run.config.global_batch_size, tokens=int(sums[TOKENS]))
+    facts = dict(learning_rate=learning_rate, grad_norm=grad_norm, consumed_tokens=position.consumed_tokens)
+    return means(sums) | facts
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """Every `interval` steps; never when it is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def validate(run: TrainingRun, state: TrainState, objective: Objective) -> dict[str, float]:
+    """The losses on the first `limit_val_batches` global batches of held-out data."""
+    total: Counter[str] = Counter()
+    with torch.no_grad():
+        for index in range(run.config.limit_val_batches):
+            batches = _micro_batches(run, run.valid_batch, index * run.config.global_batch_size)
+            total.update(batch_sums(state.model, batches, objective, groups=run.groups, train=False))
+    return means(total)
+
+
+def _micro_batches(run: TrainingRun, get: GetBatch, start: int) -> list[Batch]:
+    """This data-parallel rank's share of the global batch that starts at sample `start`."""
+    share = run.groups.layout.share(run.config.global_batch_size, run.config.micro_batch_size)
+    return [get(first, share.micro_batch) for first in share.first_samples(run.groups.dp_rank, start=start)]
+
+
+def _speed(tokens_per_second: float, run: TrainingRun) -> dict[str, float]:
+    """Throughput of all ranks, model FLOP/s of one, and its share of the device's peak where that is known."""
+    flops = tokens_per_second * run.flops_per_token / run.groups.layout.world_size
+    peak = peak_flops(run.groups.device)
+    share = {"model_flops_utilization": flops / peak} if peak else {}
+    return {"tokens_per_second": tokens_per_second, "model_flops_per_second_per_rank": flops, **share}
+
+
+def _refuse_non_finite(values: Iterable[float], position: Position, logs: Path) -> None:
+    """Stop before anything poisoned is saved: the last training checkpoint stays good."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"step {position.step + 1}: the loss or its gradient is not finite (samples from "
+            f"{position.consumed_samples}); the last checkpoint is good; lower optim.lr, or look at the data and {logs}"
+        )

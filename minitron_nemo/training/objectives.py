@@ -1,0 +1,98 @@
+"""What training minimizes and evaluation measures: the language-model loss, or the distance to a frozen teacher."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from minitron_nemo.distillation.teacher import Teacher
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.schedule import Batch, run_schedule
+from minitron_nemo.losses.lm_head import HeadLoss
+from minitron_nemo.losses.output import TOKENS, LossOutput
+from minitron_nemo.shape.arch import ModelArch
+
+
+class Objective(Protocol):
+    """Prepares a context for every micro-batch, then turns hidden states into a loss."""
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """The names of the sums in every `LossOutput` of it."""
+
+    def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
+        """FLOPs of a training step on a token of a model of this shape, the teacher's included."""
+
+    def contexts(self, batches: list[Batch]) -> Iterator[Any]:
+        """One context for each micro-batch, in order; the teacher's hidden states in distillation.
+
+        Not a generator function: what it sends between pipeline stages must be sent before the schedule starts.
+        """
+
+    def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Any) -> LossOutput:
+        """The loss of a micro-batch; last stage only."""
+
+
+class LanguageModelObjective:
+    """Cross-entropy with the next token: pre-training, teacher correction and the no-distillation baseline."""
+
+    def __init__(self, head: HeadLoss) -> None:
+        self.head = head
+        self.sum_names = head.sum_names(with_teacher=False)
+
+    def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
+        return 3 * arch.flops_per_token(seq_length)
+
+    def contexts(self, batches: list[Batch]) -> Iterator[None]:
+        return iter([None] * len(batches))
+
+    def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Any) -> LossOutput:
+        student = (_tokens(hidden_SBH), model.head_weight())
+        return self.head(student, labels_N=_in_order(batch["labels"]), mask_N=_in_order(batch["loss_mask"]))
+
+
+class DistillationObjective:
+    """Forward KL from the teacher's distribution to the student's, mixed with cross-entropy when asked."""
+
+    def __init__(self, head: HeadLoss, teacher: Teacher) -> None:
+        self.head = head
+        self.teacher = teacher
+        self.sum_names = head.sum_names(with_teacher=True)
+
+    def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
+        return 3 * arch.flops_per_token(seq_length) + self.teacher.arch.flops_per_token(seq_length)
+
+    def contexts(self, batches: list[Batch]) -> Iterator[Tensor | None]:
+        return self.teacher.hidden_states(batches)
+
+    def loss(self, model: HeadlessGPT, hidden_SBH: Tensor, batch: Batch, context: Tensor) -> LossOutput:
+        student = (_tokens(hidden_SBH), model.head_weight())
+        teacher = (_tokens(context), self.teacher.head_weight())
+        return self.head(student, teacher, labels_N=_in_order(batch["labels"]), mask_N=_in_order(batch["loss_mask"]))
+
+
+def _tokens(hidden_SBH: Tensor) -> Tensor:
+    return hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+
+
+def _in_order(x_BS: Tensor) -> Tensor:
+    """[b, s] -> [s * b], the order of `_tokens`."""
+    return x_BS.T.reshape(-1)
+
+
+def batch_sums(
+    model: Any, batches: list[Batch], objective: Objective, *, groups: Groups, train: bool
+) -> dict[str, float]:
+    """The objective's sums over a whole global batch, known on every rank; gradients accumulate when `train`.
+
+    `batches` are this data-parallel rank's micro-batches of it.
+    """
+    contexts = objective.contexts(batches)
+    sums = run_schedule(model, batches, contexts=contexts, loss=objective.loss, train=train)
+    return groups.sum_over_batch(sums, objective.sum_names)
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sums over tokens, divided by the tokens, under the same names."""
+    return {name: value / sums[TOKENS] for name, value in sums.items() if name != TOKENS}
