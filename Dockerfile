@@ -2,12 +2,16 @@
 # Only what is missing is added. The repository itself is mounted by launch/*.sh, so an edit needs no new image.
 FROM nvcr.io/nvidia/pytorch:25.11-py3
 
+# A pipe fails with its first command, not only with its last: an empty list of what to keep would lose the image's torch.
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /workspace
 COPY constraints.txt /tmp/constraints.txt
 
-# NGC pins its own packages through PIP_CONSTRAINT; of those only the compiled ones must not move.
+# NGC pins its own packages through PIP_CONSTRAINT; of those only the compiled ones must not move: torch is a pre-release
+# there, which pip replaces unless it is told not to. transformers and pytest are for the tests.
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|transformer[-_]engine|apex|numpy|flash[-_]attn)==' \
         > /tmp/keep.txt \
+    && grep -q '^torch==' /tmp/keep.txt \
     && grep -E '^(hydra-core|omegaconf|transformers|tokenizers|safetensors|huggingface_hub|psutil|rich|tensorboard|matplotlib|PyYAML|pytest)==' \
         /tmp/constraints.txt > /tmp/requirements.txt \
     && PIP_CONSTRAINT=/tmp/keep.txt pip install --no-cache-dir -r /tmp/requirements.txt \

@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check format install clean help
+.PHONY: quickstart test mutants check format install clean help
 
 # A name on the PATH may be a shim that only prints an error, so each candidate has to run.
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -20,6 +20,9 @@ quickstart: .venv/.installed ## the whole chain on this machine's CPU; run again
 
 test: .venv/.installed ## every test that needs no GPU
 	@.venv/bin/python -m pytest -q
+
+mutants: .venv/.installed ## faults put into copies of the sources: do the tests notice each?
+	@.venv/bin/python tests/mutants/run.py
 
 check: .venv/.installed ## linter, formatter, type checker and the rules of the repository
 	@.venv/bin/ruff check .

@@ -2,10 +2,13 @@
 
     python recipes/<name>.py --config-name <config> [key=value ...]
 
-Exit codes: 0 done (or nothing to do), 2 bad input (one line on standard error), 1 a defect, 130 interrupted.
+Exit codes: 0 done (or nothing to do), 2 bad input (one line on standard error), 1 a defect, 75 training stopped
+and saved as asked, 130 interrupted.
 """
 
 import inspect
+import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -13,14 +16,17 @@ from typing import TYPE_CHECKING
 
 from minitron_nemo.config.schema import Config
 from minitron_nemo.config.setting import inner_section
-from minitron_nemo.errors import RankError, UserError
+from minitron_nemo.distributed.stopping import INTERRUPTED, interruptible
+from minitron_nemo.errors import RankError, StoppedError, UserError
 from minitron_nemo.progress import set_up_logging
 
 if TYPE_CHECKING:
     from minitron_nemo.config.compose import Composition
     from minitron_nemo.steps.step import Recipe
 
-# What is slow to import (hydra, torch, the steps) is imported where it is used: help and refusals need little of it.
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, but worth the same try again
+
+# What is slow to import is imported where it is used: help needs no Hydra, and refusals and dry runs no torch.
 
 USAGE = """usage: python recipes/{name}.py --config-name CONFIG [key=value ...]
 
@@ -32,8 +38,8 @@ USAGE = """usage: python recipes/{name}.py --config-name CONFIG [key=value ...]
   --hydra-help                Hydra's other flags
   --processes                 print `ranks` or `one`: what a launcher has to start
 
-exit codes: 0 done or nothing to do; 2 bad input, in one line; 1 a defect, with a traceback; 130 interrupted, run the
-same command again"""
+exit codes: 0 done or nothing to do; 2 bad input, in one line; 1 a defect, with a traceback; 75 training was asked to
+stop (SIGINT, SIGTERM, SIGUSR1) and saved, 130 interrupted: run the same command again to go on"""
 
 
 def main(recipe: "Recipe") -> None:
@@ -88,11 +94,18 @@ def help_text(name: str, doc: str) -> str:
 def run_safely(command: Callable[[], None]) -> int:
     """Run a command and turn what stopped it into one line and an exit code; a defect keeps its traceback."""
     try:
-        command()
+        with interruptible():
+            command()
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}; run the same command again to go on", file=sys.stderr)
+        return STOPPED
     except (UserError, RankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:  # who read what was printed has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0

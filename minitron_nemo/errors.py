@@ -1,4 +1,4 @@
-"""What stops a command: bad input, which the user is meant to read, or a rank that failed."""
+"""What stops a command: bad input, which the user is meant to read, a wish to stop, or a rank that failed."""
 
 
 class UserError(Exception):
@@ -6,6 +6,13 @@ class UserError(Exception):
 
     Entry points print it as `error: ...` and exit with code 2. Anything else is a defect of ours and
     keeps its traceback.
+    """
+
+
+class StoppedError(Exception):
+    """Training was asked to stop and did: everything is saved, and the same command goes on from there.
+
+    Entry points print it and exit with code 75.
     """
 
 

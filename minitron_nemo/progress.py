@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -22,9 +22,22 @@ Item = TypeVar("Item")
 
 def set_up_logging(*, is_main: bool) -> None:
     """Our lines on standard error, from one process; of the libraries, warnings only."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = _StandardError()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("minitron_nemo").setLevel(logging.INFO if is_main else logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at that moment: under a bar, to the lines above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 class ProgressReporter(Protocol):
@@ -35,25 +48,48 @@ class ProgressReporter(Protocol):
 
 @contextmanager
 def progress(
-    total: float, label: str, *, unit: str = "step", done: float = 0, enabled: bool = True, interval: float = 5.0
+    total: float,
+    label: str,
+    *,
+    unit: str = "step",
+    of: tuple[float, str] | None = None,
+    done: float = 0,
+    enabled: bool = True,
+    interval: float = 5.0,
 ) -> Iterator[ProgressReporter]:
     """A reporter for a loop of `total` units, closed with a final line when the block ends, also by an exception.
 
     A terminal gets a bar with rate, time left and the latest facts. Anything else gets log lines at most every
     `interval` seconds: a cluster's log file must stay readable. `done` units were done by an earlier run: they count,
-    but not for the rate. `enabled=False` is silent, for ranks other than 0.
+    but not for the rate. `of`, such as `(8192.0, "token")`, says what a unit is made of: the unit is named beside its
+    count, and the rate is of those. `enabled=False` is silent, for ranks other than 0.
     """
+    rate = _RateOf(unit, of)
     if not enabled:
         yield _Silent()
     elif sys.stderr.isatty():
-        with _Bar(total, label, unit=unit, done=done) as bar:
+        with _Bar(total, label, rate=rate, done=done) as bar:
             yield bar
     else:
-        lines = _Lines(total, label, unit=unit, done=done, interval=interval)
+        lines = _Lines(total, label, rate=rate, done=done, interval=interval)
         try:
             yield lines
         finally:
             lines.finish()
+
+
+class _RateOf:
+    """How a count and a rate are written: `30/100` and `1.2 samples/s`, or `step 3/10` and `9.83k tokens/s`."""
+
+    def __init__(self, unit: str, of: tuple[float, str] | None = None) -> None:
+        self.size, self.unit = of if of is not None else (1.0, unit)
+        self.named = f"{unit} " if of is not None else ""
+
+    def count(self, done: float, total: float) -> str:
+        return f"{self.named}{_count(done)}/{_count(total)} {_percent(done, total)}"
+
+    def rate(self, units_per_second: float) -> str:
+        return f"{_rate(units_per_second * self.size)} {self.unit}s/s"
 
 
 class _Silent:
@@ -62,20 +98,20 @@ class _Silent:
 
 
 class _Lines:
-    """`distill 120/400 30% 1.2 steps/s 3m53s left loss 3.21`"""
+    """`student step 120/400 30% 12.3k tokens/s 3m53s left loss 3.21`"""
 
     def __init__(
         self,
         total: float,
         label: str,
         *,
-        unit: str,
+        rate: _RateOf,
         done: float,
         interval: float,
         emit: Callable[[str], None] = logger.info,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.label, self.unit, self.interval = total, label, unit, interval
+        self.total, self.label, self.rate, self.interval = total, label, rate, interval
         self.emit, self.clock = emit, clock
         self.before = self.done = done
         self.facts: dict[str, Fact] = {}
@@ -96,8 +132,8 @@ class _Lines:
         rate = (self.done - self.before) / elapsed if elapsed > 0 else 0.0
         seconds = elapsed if time_of == "total" else _seconds_left(self.done, self.total, rate)
         parts = [
-            f"{self.label} {_count(self.done)}/{_count(self.total)} {_percent(self.done, self.total)}",
-            f"{_rate(rate)} {self.unit}s/s",
+            f"{self.label} {self.rate.count(self.done, self.total)}",
+            self.rate.rate(rate),
             f"{duration(seconds)} {time_of}",
             _facts(self.facts),
         ]
@@ -107,22 +143,22 @@ class _Lines:
 class _Bar:
     """A rich bar; log lines of the program appear above it."""
 
-    def __init__(self, total: float, label: str, *, unit: str, done: float) -> None:
+    def __init__(self, total: float, label: str, *, rate: _RateOf, done: float) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[done]}"),
-            _RateAndTime(unit, before=done),
+            _RateAndTime(rate, before=done),
             TextColumn("{task.fields[facts]}", markup=False),
         )
-        self.total = total
+        self.total, self.rate = total, rate
         self.progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4, expand=True)
         self.task = self.progress.add_task(label, total=total, done=self._done(done), facts="")
         self.progress.update(self.task, completed=done)
         self.facts: dict[str, Fact] = {}
 
     def _done(self, completed: float) -> str:
-        return f"{_count(completed)}/{_count(self.total)} {_percent(completed, self.total)}"
+        return self.rate.count(completed, self.total)
 
     def __enter__(self) -> "_Bar":
         self.progress.start()
@@ -140,14 +176,14 @@ class _Bar:
 class _RateAndTime(ProgressColumn):
     """`12.3k tokens/s 1m20s left`"""
 
-    def __init__(self, unit: str, *, before: float) -> None:
+    def __init__(self, rate: _RateOf, *, before: float) -> None:
         super().__init__()
-        self.unit, self.before = unit, before
+        self.rate, self.before = rate, before
 
     def render(self, task: Task) -> Text:
         rate = (task.completed - self.before) / task.elapsed if task.elapsed else 0.0
         left = _seconds_left(task.completed, task.total or 0, rate)
-        return Text(f"{_rate(rate)} {self.unit}s/s {duration(left)} left")
+        return Text(f"{self.rate.rate(rate)} {duration(left)} left")
 
 
 def duration(seconds: float) -> str:

@@ -1,17 +1,19 @@
 """Distil: train the pruned student against the frozen teacher's logits (2407.14679; 2408.11796)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.cli import main
 from minitron_nemo.config.rules import check_training
 from minitron_nemo.config.schema import Config
-from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.steps.describe import training_lines
 from minitron_nemo.steps.inputs import check_model, open_verified, require_same_tokenizer
 from minitron_nemo.steps.on_ranks import RankRecipe
 from minitron_nemo.steps.settings import blend_for, settings_of
 from minitron_nemo.steps.step import Job
+
+if TYPE_CHECKING:
+    from minitron_nemo.distributed.groups import Groups
 
 
 def prepare(config: Config) -> Job:
@@ -20,7 +22,7 @@ def prepare(config: Config) -> Job:
     require_same_tokenizer(student, teacher)
     check_model(config, student, name="student", stages=config.parallel.student_stage_layers)
     check_model(config, teacher, name="teacher", stages=config.parallel.teacher_stage_layers)
-    blend = blend_for(config, student, weights=section.blend)
+    blend = blend_for(config, student, weights=section.blend, purpose="distill")
     return Job(
         output=Path(str(section.output)),
         kind="model",
@@ -29,8 +31,9 @@ def prepare(config: Config) -> Job:
     )
 
 
-def run(config: Config, job: Job, groups: Groups) -> None:
-    # Megatron takes seconds to import: not before there is something to run.
+def run(config: Config, job: Job, groups: "Groups") -> None:
+    # torch and Megatron take seconds to import: not before there is something to run.
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.distillation.teacher import Teacher
     from minitron_nemo.losses.lm_head import HeadLoss
     from minitron_nemo.steps.options import build_options
@@ -51,13 +54,14 @@ def run(config: Config, job: Job, groups: Groups) -> None:
     train_model(
         student,
         job.output,
-        objective=DistillationObjective(head, beside),
+        objective=DistillationObjective(head, beside, window=section.teacher_window),
         options=build_options(config, groups, stages=config.parallel.student_stage_layers),
-        blend=blend_for(config, student, weights=section.blend),
+        blend=blend_for(config, student, weights=section.blend, purpose="distill"),
         training=section.training,
         run_dir=Path(config.run_dir),
         origin=job.origin,
         log_every_n_steps=config.trainer.log_every_n_steps,
+        warn_after_seconds=config.trainer.warn_after_seconds,
     )
 
 

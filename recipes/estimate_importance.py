@@ -1,17 +1,19 @@
 """Estimate importance: score layers, heads, neurons and channels with forward passes (2407.14679)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.publishing import publishing
-from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config
-from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.steps.describe import weight_lines
 from minitron_nemo.steps.inputs import check_model, open_verified
 from minitron_nemo.steps.on_ranks import RankRecipe
 from minitron_nemo.steps.settings import blend_for, settings_of
 from minitron_nemo.steps.step import Job
+
+if TYPE_CHECKING:
+    from minitron_nemo.distributed.groups import Groups
 
 
 def check(config: Config) -> None:
@@ -31,8 +33,9 @@ def prepare(config: Config) -> Job:
     )
 
 
-def run(config: Config, job: Job, groups: Groups) -> None:
-    # Megatron takes seconds to import: not before there is something to run.
+def run(config: Config, job: Job, groups: "Groups") -> None:
+    # torch and Megatron take seconds to import: not before there is something to run.
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.data.calibration import calibration_set
     from minitron_nemo.steps.estimate import estimate_importance
     from minitron_nemo.steps.options import build_options

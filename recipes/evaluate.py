@@ -2,17 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.records import write_record
-from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config
-from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.steps.describe import weight_lines
 from minitron_nemo.steps.inputs import check_model, open_verified, require_same_tokenizer
 from minitron_nemo.steps.on_ranks import RankRecipe
 from minitron_nemo.steps.settings import blend_for, settings_of
 from minitron_nemo.steps.step import Job, logger
+
+if TYPE_CHECKING:
+    from minitron_nemo.distributed.groups import Groups
 
 
 def check(config: Config) -> None:
@@ -36,8 +38,9 @@ def prepare(config: Config) -> Job:
     )
 
 
-def run(config: Config, job: Job, groups: Groups) -> None:
-    # Megatron takes seconds to import: not before there is something to run.
+def run(config: Config, job: Job, groups: "Groups") -> None:
+    # torch and Megatron take seconds to import: not before there is something to run.
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.steps.evaluate import evaluate_model
     from minitron_nemo.steps.options import build_options
 

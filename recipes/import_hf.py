@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from minitron_nemo.artefacts.manifest import file_sha256
-from minitron_nemo.checkpoint.formats.hf import arch_from_hf, import_hf, open_hf, resolve_source
-from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
+from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import watched
 from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.steps.describe import model_lines, shapes
 from minitron_nemo.steps.step import Job, Recipe, logger
 
 # What does not change a tensor: here the folder counts, and the config's `model` is told to be unused.
@@ -35,25 +35,34 @@ def prepare(config: Config) -> Job:
     section = config.import_hf
     if section.source is None:
         raise UserError("import_hf.source is not set: give a Hugging Face folder or hub name")
+    # torch takes seconds to import: not before there is something to read.
+    from minitron_nemo.checkpoint.formats.hf import arch_from_hf, resolve_source, source_files
+
     folder = resolve_source(section.source)
     arch = arch_from_hf(folder)
     check_shape(arch, config, folder=folder)
     logger.info(f"import_hf: {folder}: {arch.describe()}")
+    files = source_files(folder)
+    load_tokenizer(folder)  # a model that no text can be given to is of no use to the steps after this one
     # Size and time of the weight files stand for their content: hashing tens of gigabytes to skip a copy is no gain.
     weights = {
         path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))
     }
-    small = {path.name: file_sha256(path) for path in sorted(folder.glob("*.json"))}
-    return Job(Path(str(section.output)), "model", {**identity(section), "weights": weights, "files": small})
+    small = {name: file_sha256(path) for name, path in sorted(files.items())}
+    settings = {**identity(section), "weights": weights, "files": small}
+    return Job(Path(str(section.output)), "model", settings, inputs=(folder,))
 
 
 def run(config: Config, job: Job) -> None:
+    from minitron_nemo.checkpoint.formats.hf import import_hf, open_hf, resolve_source
+    from minitron_nemo.checkpoint.source import stream
+
     folder = open_hf(resolve_source(str(config.import_hf.source)))
     tensors = watched(stream(folder.weights), len(folder.weights.names()), "import", unit="tensor")
     import_hf(folder, job.output, tensors=tensors, origin=job.origin)
 
 
-RECIPE = Recipe("import_hf", prepare, run)
+RECIPE = Recipe("import_hf", prepare, run, lines=lambda config: model_lines(config, shapes(config).cut))
 
 if __name__ == "__main__":
     main(RECIPE)

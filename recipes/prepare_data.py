@@ -6,23 +6,32 @@ from pathlib import Path
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
-from minitron_nemo.data.corpora import corpora_settings
-from minitron_nemo.data.prepare import prepare_corpus
-from minitron_nemo.data.tokenizer import load_tokenizer
+from minitron_nemo.data.corpora import corpora_paths, corpora_settings
+from minitron_nemo.steps.describe import shapes
+from minitron_nemo.steps.forecast import corpora_lines
 from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:
+    from minitron_nemo.data.tokenizer import load_tokenizer
+
     section = config.prepare_data
+    corpora = corpora_settings(section.corpora)
+    tokenizer = load_tokenizer(str(section.tokenizer))
     settings = {
         **identity(section),
-        "corpora": corpora_settings(section.corpora),
-        "tokenizer": load_tokenizer(str(section.tokenizer)).fingerprint,
+        "corpora": corpora,
+        "tokenizer": tokenizer.fingerprint,
+        "bos": tokenizer.bos(section.add_bos),
     }
-    return Job(Path(str(section.output)), "data", settings)
+    inputs = (*corpora_paths(section.corpora), Path(str(section.tokenizer)))
+    return Job(Path(str(section.output)), "data", settings, inputs=inputs)
 
 
 def run(config: Config, job: Job) -> None:
+    from minitron_nemo.data.prepare import prepare_corpus
+    from minitron_nemo.data.tokenizer import load_tokenizer
+
     section = config.prepare_data
     tokenizer = load_tokenizer(str(section.tokenizer))
     work = job.output.with_name(f"{job.output.name}.shards")  # outlives an interruption
@@ -33,13 +42,16 @@ def run(config: Config, job: Job) -> None:
                 corpus,
                 tokenizer=tokenizer,
                 output=draft.folder,
+                add_bos=section.add_bos,
                 workers=section.workers,
                 work=work,
             )
     shutil.rmtree(work, ignore_errors=True)
 
 
-RECIPE = Recipe("prepare_data", prepare, run)
+RECIPE = Recipe(
+    "prepare_data", prepare, run, lines=lambda config: corpora_lines(config, shapes(config).teacher.vocab_size)
+)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -2,25 +2,27 @@
 
 from pathlib import Path
 
-import torch
-
-from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
-from minitron_nemo.checkpoint.random_init import RandomWeights
-from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
-from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.steps.inputs import require
 from minitron_nemo.steps.step import Job, Recipe
 
 
 def arch_of(config: Config) -> ModelArch:
     like = config.random_init.like
-    return open_nemo(like).arch if like else config.model_arch()
+    if like is None:
+        return config.model_arch()
+    require(like)
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo  # brings torch, which takes seconds
+
+    return open_nemo(like).arch
 
 
 def prepare(config: Config) -> Job:
+    from minitron_nemo.data.tokenizer import load_tokenizer
+
     section, arch = config.random_init, arch_of(config)
     tokenizer = load_tokenizer(str(section.tokenizer))
     if tokenizer.vocab_size > arch.vocab_size:
@@ -28,10 +30,17 @@ def prepare(config: Config) -> Job:
             f"{section.tokenizer}: the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {arch.vocab_size}"
         )
     settings = dict(arch=arch.to_dict(), seed=config.seed, tokenizer=tokenizer.fingerprint)
-    return Job(Path(str(section.output)), "model", {**identity(section), **settings})
+    inputs = tuple(Path(str(path)) for path in (section.tokenizer, section.like) if path)
+    return Job(Path(str(section.output)), "model", {**identity(section), **settings}, inputs=inputs)
 
 
 def run(config: Config, job: Job) -> None:
+    import torch
+
+    from minitron_nemo.checkpoint.formats.nemo import write_nemo
+    from minitron_nemo.checkpoint.random_init import RandomWeights
+    from minitron_nemo.checkpoint.source import stream
+
     section, arch = config.random_init, arch_of(config)
     weights = RandomWeights(arch, seed=config.seed, init_std=section.init_method_std)
     write_nemo(job.output, arch, stream(weights), dtype=torch.float32, tokenizer=section.tokenizer, origin=job.origin)

@@ -5,8 +5,6 @@ from pathlib import Path
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config
 from minitron_nemo.errors import UserError
-from minitron_nemo.reporting.table import format_table
-from minitron_nemo.reporting.write import write_report
 from minitron_nemo.steps.step import Job, Recipe
 
 
@@ -17,8 +15,13 @@ def prepare(config: Config) -> Job:
 
 
 def run(config: Config, job: Job) -> None:
-    models = write_report(Path(config.run_dir), config.report.models, output=job.output)
-    print(format_table(models))
+    from minitron_nemo.reporting.table import format_table
+    from minitron_nemo.reporting.verdict import verdict
+    from minitron_nemo.reporting.write import write_report
+
+    report = write_report(Path(config.run_dir), config.report.models, output=job.output)
+    print(format_table(report.models))
+    print(verdict(report.models, report.made, reference=report.reference))
     print(f"report: {job.output}")
 
 

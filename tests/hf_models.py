@@ -73,3 +73,23 @@ def save_tiny_tokenizer(folder: str | Path, *, vocab_size: int = 131) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     return folder
+
+
+def save_templated_tokenizer(folder: str | Path, template: str = "llama3") -> Path:
+    """The tokenizer of `save_tiny_tokenizer` (`<s>` 1, `</s>` 2) with a post-processor.
+
+    `template`: llama3 (in a sequence behind ByteLevel, as Llama-3's own file has it), mistral, or a template as text.
+    """
+    from tokenizers import Tokenizer, processors
+
+    folder = save_tiny_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    named = template if "$A" in template else "<s> $A"
+    processor = processors.TemplateProcessing(
+        single=named, pair=f"{named} $B", special_tokens=[("<unk>", 0), ("<s>", 1), ("</s>", 2)]
+    )
+    if template == "llama3":
+        processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), processor])
+    tokenizer.post_processor = processor
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -20,7 +20,7 @@ ROOMS: dict[str, str] = {
     "progress": "",
     "losses": "",
     "shape": "errors",
-    "artefacts": "errors",
+    "artefacts": "errors progress",
     "distributed": "errors shape",
     "config": "errors shape distributed",
     "checkpoint": "errors shape artefacts",
@@ -29,7 +29,7 @@ ROOMS: dict[str, str] = {
     "engine": "losses shape distributed config checkpoint",
     "pruning": "errors shape checkpoint importance",
     "distillation": "checkpoint engine",
-    "reporting": "errors shape artefacts importance pruning",
+    "reporting": "errors progress shape artefacts importance pruning",
     "training": "errors progress losses shape artefacts distributed config checkpoint engine distillation",
     "evaluation": "errors progress losses distributed engine training",
     "steps": "errors progress losses shape artefacts distributed config checkpoint importance data engine pruning "
@@ -49,7 +49,7 @@ LOOSE = {"__init__", "cli", "errors", "progress", "testing"}  # the only modules
 DOORS = {
     "megatron": ("minitron_nemo/engine/", "minitron_nemo/data/"),
     "hydra": ("minitron_nemo/config/compose.py",),
-    "omegaconf": ("minitron_nemo/config/compose.py", "minitron_nemo/config/schema.py"),
+    "omegaconf": tuple(f"minitron_nemo/config/{name}.py" for name in ("compose", "schema", "shapes")),
     "matplotlib": ("minitron_nemo/reporting/plots.py",),
     "huggingface_hub": ("minitron_nemo/checkpoint/formats/hf.py",),
     "tokenizers": ("minitron_nemo/data/tokenizer.py",),

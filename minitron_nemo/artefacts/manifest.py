@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -18,8 +18,11 @@ from typing import Any
 
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.errors import UserError
+from minitron_nemo.progress import progress
 
 MANIFEST_FILE = "manifest.json"
+BLOCK = 16 << 20  # bytes read at a time
+WORTH_A_LINE = 1 << 30  # bytes: hashing less takes a second or two
 PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -27,8 +30,8 @@ PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenize
 class Manifest:
     """The origin of an artefact and the size and SHA-256 of its files.
 
-    `fingerprint`, `config` and `parents` are those of its `Origin`; `tokens` counts the tokens that this step trained
-    on; `extra` holds free facts.
+    `fingerprint`, `config`, `parents` and `command` are those of its `Origin`; `tokens` counts the tokens that this
+    step trained on; `extra` holds free facts.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @classmethod
     def of(
@@ -64,16 +68,22 @@ class Manifest:
             versions=_versions(),
             git_revision=_git_revision(),
             extra=dict(extra or {}),
+            command=origin.command,
         )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
+def file_sha256(path: str | Path, *, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, in hex; `advance` is told of the bytes as they are read."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
+    return digest.hexdigest()
 
 
 def manifest_sha256(folder: str | Path) -> str:
@@ -86,6 +96,8 @@ def read_manifest(folder: str | Path, *, kind: str | None) -> Manifest:
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         reason = f"no {MANIFEST_FILE}" if Path(folder).is_dir() else "no such folder"
+        if kind == "model":
+            raise UserError(f"{folder} is not a .nemo model folder: {reason}; import_hf or random_init make one")
         what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
@@ -101,10 +113,12 @@ def read_manifest(folder: str | Path, *, kind: str | None) -> Manifest:
 
 def _check_fields(manifest: Manifest) -> None:
     types = {"kind": str, "fingerprint": str, "config": dict, "parents": dict, "tokens": int, "files": dict,
-             "created": str, "versions": dict, "git_revision": str, "extra": dict}  # fmt: skip
+             "created": str, "versions": dict, "git_revision": str, "extra": dict, "command": str}  # fmt: skip
     for name, expected in types.items():
         if not isinstance(getattr(manifest, name), expected):
             raise ValueError(f"{name} must be a {expected.__name__}")
+    if not manifest.files:
+        raise ValueError("files lists nothing, and every artefact holds something")
     for name, entry in manifest.files.items():
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
@@ -125,12 +139,28 @@ def check_sizes(folder: str | Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: {size} bytes, {MANIFEST_FILE} says {entry['size']}; make the artefact again")
 
 
+def check_listed(folder: str | Path, manifest: Manifest) -> None:
+    """Refuse, by name, the first file of the folder that the manifest does not list.
+
+    Dot files at the top (`.git`, `.DS_Store`) are nobody's content and pass.
+    """
+    for path in sorted(Path(folder).rglob("*")):
+        parts = path.relative_to(folder).parts
+        listed = "/".join(parts) in manifest.files or parts == (MANIFEST_FILE,)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not (listed or is_folder or parts[0].startswith(".")):
+            raise UserError(f"{path}: not listed in {MANIFEST_FILE}; move it away, or make the artefact again")
+
+
 def verify_files(folder: str | Path, manifest: Manifest) -> None:
-    """Refuse, by name, the first file whose size or SHA-256 is not that of the manifest."""
+    """Refuse, by name, the first file that is not listed or whose size or SHA-256 is not that of the manifest."""
+    check_listed(folder, manifest)
     check_sizes(folder, manifest)
-    for name, entry in sorted(manifest.files.items()):
-        if file_sha256(Path(folder) / name) != entry["sha256"]:
-            raise UserError(f"{Path(folder) / name}: damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+    total = sum(entry["size"] for entry in manifest.files.values())
+    with progress(total, f"verify {Path(folder).name}", unit="byte", enabled=total >= WORTH_A_LINE) as bar:
+        for name, entry in sorted(manifest.files.items()):
+            if file_sha256(Path(folder) / name, advance=bar.advance) != entry["sha256"]:
+                raise UserError(f"{Path(folder) / name}: damaged: its SHA-256 is not that of {MANIFEST_FILE}")
 
 
 def is_current(path: str | Path, fingerprint: str) -> bool:

@@ -12,21 +12,30 @@ class Origin:
     """`fingerprint` identifies what determined the content: the kind, `config` and `parents` in one hash.
 
     `config` holds the settings that shaped it, as plain data; `parents` maps a role (such as "teacher") to the SHA-256
-    of that artefact's manifest; `overwrite` allows the new artefact to take the place of an older one.
+    of that artefact's manifest; `overwrite` allows the new artefact to take the place of an older one; `command` is the
+    command line that asked for it, for people.
     """
 
     fingerprint: str
     config: Mapping[str, Any] = field(default_factory=dict)
     parents: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
+    command: str = ""
 
     @classmethod
     def of(
-        cls, kind: str, config: Mapping[str, Any], *, parents: Mapping[str, str] | None = None, overwrite: bool = False
+        cls,
+        kind: str,
+        config: Mapping[str, Any],
+        *,
+        parents: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        command: str = "",
     ) -> "Origin":
         """The origin of an artefact of this kind, its fingerprint taken over all that determines the content."""
         parents = dict(parents or {})
-        return cls(fingerprint_of(kind, config, parents), config=config, parents=parents, overwrite=overwrite)
+        fingerprint = fingerprint_of(kind, config, parents)
+        return cls(fingerprint, config=config, parents=parents, overwrite=overwrite, command=command)
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -1,5 +1,6 @@
 """File names that came with somebody else's data, kept inside the folder they came in."""
 
+import os
 from pathlib import Path
 
 from minitron_nemo.errors import UserError
@@ -11,15 +12,19 @@ def is_plain_name(name: str) -> bool:
 
 
 def contained_file(folder: str | Path, name: str) -> Path | None:
-    """The file `name` of `folder`, None when there is none; UserError when it is a link that leads outside.
+    """The regular file `name` of `folder`, None when there is nothing; UserError for a link that leads outside.
+
+    What has the name and is no file (a folder, a pipe, a device, a link to nothing) is refused and never opened.
 
     The hub cache keeps a snapshot as links into the `blobs` folder beside it; those are inside.
     """
     folder, path = Path(folder), Path(folder) / name
     if not is_plain_name(name):
         raise UserError(f"{folder}: the file name {name!r} leaves the folder; only plain names are read")
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; put the file in its place, or move it away")
     real, root = path.resolve(), folder.resolve()
     inside = real.parent == root
     in_hub_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"

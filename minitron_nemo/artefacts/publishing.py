@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.disk import free_bytes, in_bytes, writing
+from minitron_nemo.artefacts.lock import Lock
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.errors import UserError
@@ -29,12 +31,9 @@ def check_target(path: str | Path, *, overwrite: bool) -> None:
 
 def check_free_space(path: str | Path, needed: int) -> None:
     """Refuse to start writing `needed` bytes at `path` onto a disk that has less than 1.1 times that left."""
-    folder = Path(path).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(path)
     if free < 1.1 * needed:
-        raise UserError(f"{path}: needs {1.1 * needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+        raise UserError(f"{path}: needs {in_bytes(1.1 * needed)}, {in_bytes(free)} are free on that disk: make room")
 
 
 @dataclass
@@ -42,13 +41,14 @@ class Draft:
     """An artefact in the making: a folder to fill, and what the manifest will say besides the files.
 
     `hashes` takes the SHA-256 of files (by name relative to `folder`) that were hashed while they were written;
-    `finish` reads the others.
+    `finish` reads the others. `lock` keeps other runs from the target until `finish` or `discard`.
     """
 
     folder: Path
     target: Path
     kind: str
     origin: Origin
+    lock: Lock
     tokens: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -62,34 +62,60 @@ class Draft:
         fsync(self.folder / MANIFEST_FILE)
         fsync(self.folder)
         _move_into_place(self.folder, self.target)
+        self.lock.release()
         return manifest
+
+    def discard(self) -> None:
+        """Remove what was made so far."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.release()
 
 
 def begin(
     target: str | Path, *, kind: str, origin: Origin, tokens: int = 0, extra: Mapping[str, Any] | None = None
 ) -> Draft:
-    """A draft in a new empty folder beside `target`; on one rank only."""
+    """A draft in a new empty folder beside `target`; on one rank only.
+
+    Raises UserError when another run is making the same, and when the disk takes nothing.
+    """
     target = Path(target)
-    check_target(target, overwrite=origin.overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
-        shutil.rmtree(left)  # what a killed run of the same step left behind
-    temp = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    temp.mkdir()
-    return Draft(temp, target, kind, origin, tokens, dict(extra or {}))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(target)
+        try:
+            check_target(target, overwrite=origin.overwrite)
+            for left in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
+                shutil.rmtree(left)  # what a killed run of the same step left behind: none that lives has the lock
+            temp = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+            temp.mkdir()
+        except BaseException:
+            lock.release()
+            raise
+    return Draft(temp, target, kind, origin, lock, tokens, dict(extra or {}))
 
 
 @contextmanager
 def publishing(
-    target: str | Path, *, kind: str, origin: Origin, tokens: int = 0, extra: Mapping[str, Any] | None = None
+    target: str | Path,
+    *,
+    kind: str,
+    origin: Origin,
+    tokens: int = 0,
+    extra: Mapping[str, Any] | None = None,
+    needed: int = 0,
 ) -> Iterator[Draft]:
-    """A draft to fill; it becomes the artefact `target` when the block ends well and vanishes when it does not."""
+    """A draft to fill; it becomes the artefact `target` when the block ends well and vanishes when it does not.
+
+    UserError when the disk has less room than the bytes `needed`, or refuses something on the way.
+    """
+    check_free_space(target, needed)
     draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra)
     try:
-        yield draft
-        draft.finish()
+        with writing(target, needed=needed):
+            yield draft
+            draft.finish()
     except BaseException:
-        shutil.rmtree(draft.folder, ignore_errors=True)
+        draft.discard()
         raise
 
 

@@ -25,7 +25,6 @@ def write_record(path: str | Path, values: Mapping[str, Any], *, kind: str, orig
     """Publish a record by one rename; replaces only a record of the same kind, and only where `origin` allows."""
     path = Path(path)
     check_record_target(path, kind=kind, overwrite=origin.overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "kind": kind,
         "fingerprint": origin.fingerprint,

@@ -9,7 +9,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
+from minitron_nemo.checkpoint.payload import find_plain_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import DTYPES, METADATA_FILE, metadata_bytes, one_line, read_metadata
 from minitron_nemo.errors import UserError
 
@@ -30,7 +32,7 @@ BACKEND = {
 
 
 class TorchDistReader:
-    """The global tensors of a torch_dist folder, whatever layout wrote them; reads only the chunks it needs.
+    """The global tensors of a torch_dist folder, whatever layout wrote them; reads only the bytes it needs.
 
     Raises UserError for a folder that is not a checkpoint, or whose metadata or payloads do not fit together.
     """
@@ -60,10 +62,11 @@ class TorchDistReader:
         self._check_whole(key)
         result = torch.empty(box.size, dtype=stored.dtype)
         for chunk in stored.chunks:
-            if chunk.size == box.size and chunk.offset == box.offset:
-                return self._payload(key, chunk)
             if (shared := box.shared_with(chunk)) is not None:
-                result[shared.slices(box.offset)] = self._payload(key, chunk)[shared.slices(chunk.offset)]
+                part = result if shared.size == box.size else torch.empty(shared.size, dtype=stored.dtype)
+                self._read_part(key, chunk, shared, part)
+                if part is not result:
+                    result[shared.slices(box.offset)] = part
         return result
 
     def _check_whole(self, key: str) -> None:
@@ -81,24 +84,30 @@ class TorchDistReader:
         if path.is_symlink() or not path.is_file():
             raise UserError(f"{path}: named by .metadata, but it is not a regular file of this checkpoint")
 
-    def _payload(self, key: str, chunk: Chunk) -> Tensor:
-        """One stored chunk, checked against what the metadata promises."""
-        path = self.folder / chunk.file
-        dtype = self._tensors[key].dtype
-        with path.open("rb") as file:
-            file.seek(chunk.start)
-            data = file.read(chunk.length)
-        if len(data) != chunk.length:
-            raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
-        try:
-            tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
-        except Exception as error:
-            raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != chunk.size:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{path}: the chunk of {key} is {found}; .metadata promises {dtype} {chunk.size}")
-        return tensor.detach()
+    def _read_part(self, key: str, chunk: Chunk, shared: Box, out: Tensor) -> None:
+        """Fill `out` with the box `shared`, which lies in a stored chunk; the chunk must be what the metadata promises.
+
+        The bytes of the box alone where the chunk is as `torch.save` writes a contiguous tensor, else all of it.
+        """
+        path, promised = self.folder / chunk.file, (self._tensors[key].dtype, chunk.size)
+        with path.open("rb", buffering=0) as file:
+            if chunk.start + chunk.length > os.fstat(file.fileno()).st_size:
+                raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
+            try:
+                found = find_plain_tensor(file, chunk.start, chunk.length)
+                if found is not None and (found.dtype, found.shape) == promised:
+                    offset = tuple(at - begin for at, begin in zip(shared.offset, chunk.offset, strict=True))
+                    return read_part(file, found, Box(offset, shared.size), out)
+                file.seek(chunk.start)
+                tensor = torch.load(io.BytesIO(file.read(chunk.length)), weights_only=True, map_location="cpu")
+            # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
+            except Exception as error:
+                raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != promised:
+            is_tensor = isinstance(tensor, Tensor)
+            content = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
+            raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
+        out.copy_(tensor.detach()[shared.slices(chunk.offset)])
 
 
 class HashingFile:
@@ -115,6 +124,29 @@ class HashingFile:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """The same elements, contiguous, with no storage around them: that of a view is saved whole. Copies where it must.
+
+    The result shares memory with a contiguous tensor, view or not.
+    """
+    tensor = tensor.contiguous() if tensor.numel() else torch.empty_like(tensor)
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    elements = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())
+    return elements.view(tensor.dtype).view(tensor.shape)
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """`torch.save` without the checksums of its zip: a manifest has the SHA-256 of the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class TorchDistWriter:
@@ -134,9 +166,9 @@ class TorchDistWriter:
         if not tensor.dim() == len(global_shape) == len(offset):
             raise ValueError(f"{key}: chunk {tuple(tensor.shape)} at {tuple(offset)} of {tuple(global_shape)}")
         start = self._stream.position
-        # A view would be saved with the whole storage behind it.
-        payload = tensor.detach().cpu().contiguous().clone()
-        torch.save(payload, self._stream)  # type: ignore[arg-type]
+        payload = with_own_storage(tensor.detach().cpu())
+        with _without_crc32():
+            torch.save(payload, self._stream)  # type: ignore[arg-type]
         self._records.append(
             {
                 "key": key,

@@ -264,6 +264,8 @@ def one_line(error: BaseException) -> str:
         )
     if text.startswith("Config group override must be"):
         return "a group takes the name of one of its files, such as model=llama31_8b, and ~model picks none"
+    if nulled := re.match(r"field '(\S+)' is not Optional", text):
+        return f"{nulled[1]}=null: it cannot be null"
     text = _flat(re.split("full_key:|Config search path:", text)[0]) or type(error).__name__
     return f"{key}: {text}" if key and key not in text else text
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.config.closing import is_optional
-from minitron_nemo.config.schema import MISSING, Config, ModelConfig, TrainingConfig
+from minitron_nemo.config.schema import MISSING, Config, TrainingConfig
 from minitron_nemo.config.setting import Setting, inner_section, setting_of
+from minitron_nemo.config.shapes import ModelConfig
 
 # Sections that occur in several places and have one table.
 SHARED: dict[type, str] = {TrainingConfig: "training", ModelConfig: "model"}

@@ -19,7 +19,29 @@ NEMO_KEYS = (
     (r"trainer\.precision", "bf16", "the values are auto, bf16 and fp32; NeMo's bf16-mixed is bf16 here"),
     (r"trainer\.devices", "auto", "give a number: the ranks on each node"),
     (r"model\.(tensor|pipeline)_model_parallel_size", "", "set it in `parallel`"),
+    (r"trainer\.limit_train_batches", "", "set <section>.training.max_steps"),
+    (r"trainer\.(strategy|plugins)(\..*)?", "", "set the degrees in `parallel`; the engine is always Megatron-Core's"),
+    (
+        r"trainer\.(logger|enable_checkpointing|callbacks)(\..*)?",
+        "",
+        "logs go to run_dir/logs; set <section>.training.save_every_n_steps for training checkpoints, 0 for none",
+    ),
+    (
+        r"(.*\.)?(restore_from_path|resume_from_checkpoint|resume_if_exists)",
+        "",
+        "set <section>.checkpoint for the model to start from; a run that was stopped goes on by itself",
+    ),
     (r"model\.(micro|global)_batch_size", "", "set it in <section>.training"),
+    (r"model\.(sequence_parallel|context_parallel_size)", "", "set it in `parallel`"),
+    (r"model\.activations_checkpoint_\w+", "", "set parallel.recompute_activations"),
+    (
+        r"model\.(encoder_seq_length|max_position_embeddings)",
+        "",
+        "set model.seq_length for the longest position, and data.seq_length for a sample",
+    ),
+    (r"model\.data(\..*)?", "", "set `data` and `prepare_data`"),
+    (r"model\.tokenizer(\..*)?", "", "set prepare_data.tokenizer; a .nemo folder carries its own"),
+    (r"model\.(precision|seed)", "", "set trainer.precision, and seed at the top"),
     (r"model\.optim(\..*)?", "", "set <section>.training.optim"),
 )
 

@@ -1,6 +1,7 @@
 """What may not be combined: relations between settings that the range of one cannot say."""
 
-from minitron_nemo.config.schema import Config, ModelConfig, TrainingConfig
+from minitron_nemo.config.schema import Config, TrainingConfig
+from minitron_nemo.config.shapes import ModelConfig
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 

@@ -12,13 +12,12 @@ from typing import Any
 from omegaconf import MISSING
 
 from minitron_nemo.config.setting import MAX_SIZE, count, path, setting, setting_of
+from minitron_nemo.config.shapes import MAX_LAYERS, ModelConfig, TargetConfig
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
-from minitron_nemo.shape.arch import ACTIVATIONS, FAMILIES, NORMALIZATIONS, ModelArch, RopeScaling
-from minitron_nemo.shape.axes import AXES, shrink
+from minitron_nemo.shape.arch import ModelArch
 
 # Bounds in the spirit of `MAX_SIZE`.
-MAX_LAYERS = 10**4
 MAX_RANKS = 10**4
 MAX_STEPS = 10**9
 
@@ -46,50 +45,6 @@ class Aggregation(Enum):
 
 
 @dataclass
-class RopeScalingConfig:
-    factor: float = setting(MISSING, "what long wavelengths are divided by", at_least=1, at_most=MAX_SIZE)
-    low_freq_factor: float = setting(
-        MISSING, "wavelengths above original / this are divided by `factor`", above=0, at_most=MAX_SIZE
-    )
-    high_freq_factor: float = setting(MISSING, "wavelengths below original / this stay", above=0, at_most=MAX_SIZE)
-    original_max_position_embeddings: int = count(MISSING, "context length before scaling", unit="tokens")
-
-
-@dataclass
-class ModelConfig:
-    """The shape that `dry_run` and `random_init` use. A checkpoint on disk brings its own."""
-
-    num_layers: int = count(MISSING, "transformer layers", at_most=MAX_LAYERS)
-    hidden_size: int = count(MISSING, "channels of the residual stream")
-    ffn_hidden_size: int = count(MISSING, "neurons of the MLP (a gated MLP has this many gates as well)")
-    num_attention_heads: int = count(MISSING, "query heads")
-    num_query_groups: int = count(MISSING, "key/value heads; divides the query heads")
-    kv_channels: int = setting(
-        MISSING,
-        "channels of a head; not tied to hidden/heads; rotary embedding takes them in pairs",
-        at_least=2,
-        at_most=MAX_SIZE,
-        multiple_of=2,
-    )
-    vocab_size: int = count(MISSING, "tokens, without padding")
-    seq_length: int = count(MISSING, "longest position the model was made for", unit="tokens")
-    family: str = setting("llama", "how it is exported to Hugging Face", choices=FAMILIES)
-    activation: str = setting("swiglu", "of the MLP", choices=ACTIVATIONS)
-    normalization: str = setting("RMSNorm", "of every norm", choices=NORMALIZATIONS)
-    norm_epsilon: float = setting(1e-5, "epsilon of the norms", above=0, at_most=1)
-    rotary_base: float = setting(10000.0, "base of the rotary embedding", above=0, at_most=10**12)
-    rotary_percent: float = setting(1.0, "rotated part of each head", above=0, at_most=1)
-    rope_scaling: RopeScalingConfig | None = setting(None, "Llama-3 scaling of the rotary frequencies; null: none")
-    share_embeddings_and_output_weights: bool = setting(False, "one table for input and output")
-
-    def arch(self) -> ModelArch:
-        values = dataclasses.asdict(self)
-        if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        return ModelArch(**values)
-
-
-@dataclass
 class TrainerConfig:
     """Where and how every step runs; NeMo's key names and meanings."""
 
@@ -99,6 +54,12 @@ class TrainerConfig:
     precision: Precision = setting(Precision.auto, "`auto`: bf16 on GPU, fp32 on CPU")
     log_every_n_steps: int = count(
         10, "between records in `metrics.jsonl` and TensorBoard", at_most=MAX_STEPS, unit="steps", how_it_runs=True
+    )
+    warn_after_seconds: int = count(
+        300,
+        "without a finished training step, after which every rank says where it is",
+        unit="seconds",
+        how_it_runs=True,
     )
 
 
@@ -127,6 +88,14 @@ class ParallelConfig:
         None, "the same for the student (`distill`)", at_most=MAX_LAYERS, how_it_runs=True
     )
     use_distributed_optimizer: bool = setting(True, "share optimizer state over data-parallel ranks", how_it_runs=True)
+    overlap_grad_reduce: bool | None = setting(
+        None, "reduce gradients over data-parallel ranks during the backward pass; null: on GPUs", how_it_runs=True
+    )
+    gradient_accumulation_fusion: bool = setting(
+        False,
+        "add weight gradients up inside of their matrix products; GPUs with Apex's extension or Transformer Engine",
+        how_it_runs=True,
+    )
     recompute_activations: bool = setting(
         False, "recompute each layer in the backward pass: less memory, about a third more time", how_it_runs=True
     )
@@ -164,14 +133,18 @@ class OptimConfig:
     lr: float = setting(1e-4, "peak learning rate", above=0, at_most=10)
     min_lr: float = setting(1e-5, "learning rate at the last step, not above `lr`", at_least=0, at_most=10)
     warmup_steps: int = count(
-        40, "of linear warm-up; cut to fit a shorter run", at_least=0, at_most=MAX_STEPS, unit="steps"
+        40, "of linear warm-up; at most `max_steps - 1` of them are made", at_least=0, at_most=MAX_STEPS, unit="steps"
     )
     weight_decay: float = setting(0.1, "decoupled weight decay", at_least=0, at_most=10)
     betas: list[float] = setting([0.9, 0.95], "Adam's averages", at_least=0, below=1, length=2)
-    eps: float = setting(1e-8, "Adam's epsilon", above=0, at_most=1)
+    eps: float = setting(1e-8, "Adam's epsilon; NeMo's recipes use 1e-5", above=0, at_most=1)
     gradient_clip_val: float = setting(
         1.0, "largest norm of the whole gradient; 0: no clipping", at_least=0, at_most=10**6
     )
+
+    def warmup_in(self, max_steps: int) -> int:
+        """Steps of warm-up in a run of `max_steps`: at least one step is left for the cosine."""
+        return min(self.warmup_steps, max_steps - 1)
 
 
 @dataclass
@@ -195,18 +168,24 @@ class TrainingConfig:
     save_every_n_steps: int = count(
         100, "between training checkpoints; 0: none", at_least=0, at_most=MAX_STEPS, unit="steps", how_it_runs=True
     )
+    save_every_n_minutes: int = count(
+        0, "the same by the clock of rank 0, as well; 0: by steps alone", at_least=0, unit="minutes", how_it_runs=True
+    )
     keep_latest_k: int = count(2, "how many of the newest training checkpoints stay", how_it_runs=True)
 
 
 @dataclass
 class CorpusConfig:
     input: str = path(
-        "a text file, a `.jsonl` file, a folder of them, or `stdlib`: the running Python's standard library",
+        "a text file, a `.jsonl`, `.json` or `.parquet` file, a folder of them, or `stdlib`: the running Python's "
+        "standard library; `.gz` and `.zst` are unpacked",
         default=MISSING,
     )
-    glob: str = setting("**/*", "which files of a folder")
+    glob: str = setting(
+        "**/*", "which files of a folder; where it names no suffix, those that are not known to be text are left out"
+    )
     exclude: list[str] = setting([], "globs of files to leave out")
-    text_key: str = setting("text", "field of a jsonl line that holds the text")
+    text_key: str = setting("text", "field of a JSON object, or column of a table, that holds the text")
     docstrings_only: bool = setting(False, "of Python files keep the docstrings")
 
 
@@ -224,6 +203,9 @@ class PrepareDataConfig:
 
     corpora: dict[str, CorpusConfig] = setting({}, "corpus name: its source, see below")
     tokenizer: str | None = path("folder with `tokenizer.json`, or a `.nemo` folder", place="teacher.nemo")
+    add_bos: bool | None = setting(
+        None, "begin every document with the begin-of-sequence token; null: as the tokenizer's post-processor does"
+    )
     workers: int = count(2, "processes that tokenize", at_most=1024, how_it_runs=True)
     output: str | None = path("folder of the `.bin/.idx/.json` files", place="data")
 
@@ -278,45 +260,6 @@ class EstimateImportanceConfig:
 
 
 @dataclass
-class TargetConfig:
-    """Shape to prune to; what is unset stays as it is."""
-
-    num_layers: int | None = count(None, "layers to keep; null: all", at_most=MAX_LAYERS)
-    hidden_size: int | None = count(None, "channels to keep; null: all")
-    ffn_hidden_size: int | None = count(None, "neurons to keep in each layer; null: all")
-    num_attention_heads: int | None = count(None, "query heads to keep, a multiple of the query groups; null: all")
-    drop_layers: list[int] | None = count(
-        None,
-        "layers to drop, counted from 1 as in the paper; null: those of lowest block importance, down to `num_layers`",
-        at_most=MAX_LAYERS,
-    )
-
-    def shrink(self, source: ModelArch) -> ModelArch:
-        """The target shape; `drop_layers` also sets `num_layers`."""
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        if self.drop_layers is not None:
-            left = self._layers_left(source)
-            if self.num_layers not in (None, left):
-                raise UserError(
-                    f"prune.target.num_layers={self.num_layers}: drop_layers leaves {left}; give one of the two"
-                )
-            sizes["num_layers"] = left
-        try:
-            return shrink(source, **sizes)
-        except UserError as error:
-            raise UserError(f"prune.target.{error}") from None
-
-    def _layers_left(self, source: ModelArch) -> int:
-        dropped = self.drop_layers or []
-        if len(set(dropped)) != len(dropped) or not all(1 <= layer <= source.num_layers for layer in dropped):
-            raise UserError(
-                f"prune.target.drop_layers={dropped}: layers are counted from 1 to {source.num_layers}, each at most "
-                "once"
-            )
-        return source.num_layers - len(dropped)
-
-
-@dataclass
 class PruneConfig:
     """Cut a model to a smaller shape by its scores, or by a plan that exists."""
 
@@ -345,6 +288,14 @@ class DistillConfig:
     cross_entropy_weight: float = setting(0.0, "weight of the cross-entropy with the text", at_least=0, at_most=10**6)
     chunk_tokens: int = count(
         1024, "whose logits exist at a time; `correct_teacher` uses it too", unit="tokens", how_it_runs=True
+    )
+    teacher_window: int = count(
+        32,
+        "whose teacher states wait on the last stage of a pipeline; 0: all of a step; the pipeline fills and empties "
+        "for each window, which costs (stages - 1) / window of the time",
+        at_least=0,
+        unit="micro-batches",
+        how_it_runs=True,
     )
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -381,15 +332,8 @@ class StepConfig:
 
 
 PAPER_CHAIN = (
-    "import_hf",
-    "prepare_data",
-    "correct_teacher",
-    "estimate_importance",
-    "prune",
-    "distill",
-    "evaluate",
-    "export_hf",
-)
+    "import_hf", "prepare_data", "correct_teacher", "estimate_importance", "prune", "distill", "evaluate", "export_hf",
+)  # fmt: skip
 
 
 @dataclass
@@ -416,11 +360,17 @@ class ReportConfig:
 class Config:
     """A whole composed config: what every recipe is given."""
 
-    name: str = setting(MISSING, "name of the run; every config sets it", how_it_runs=True)
+    name: str = setting(
+        MISSING,
+        "name of the run; every config sets it",
+        pattern=r"[^/\s.][^/\n]*",
+        form="without '/' and not begin with '.': it names a folder",
+        how_it_runs=True,
+    )
     run_dir: str = path("where artefacts are made when no path is given", default="runs/${name}")
     seed: int = setting(1234, "order of the data, calibration samples, random weights", at_least=0, at_most=2**32 - 1)
     dry_run: bool = setting(
-        False, "compose, check, print shapes, layout and memory; allocate and write nothing", how_it_runs=True
+        False, "compose, check, print shapes, layout, memory, hours, disk; allocate and write nothing", how_it_runs=True
     )
     overwrite: bool = setting(
         False,

@@ -23,7 +23,8 @@ def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
 
     Raises UserError as `build_datasets` does.
     """
-    own = dataclasses.replace(blend, seed=_own_seed(blend.seed))
+    # With the training seed it would be the first batches of training again.
+    own = dataclasses.replace(blend, purpose="calibration")
     train, _ = build_datasets(own, num_train=num_samples, num_valid=0)
     assert train is not None
     tokens = batch(train, range(num_samples))["tokens"]
@@ -35,8 +36,3 @@ def tokens_fingerprint(tokens: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{list(tokens.shape)}".encode())
     digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _own_seed(seed: int) -> int:
-    """A seed for calibration alone: with the training seed it would be the first batches of training again."""
-    return int.from_bytes(hashlib.sha256(f"calibration {seed}".encode()).digest()[:4], "big")

@@ -1,10 +1,10 @@
-"""Where text comes from: a text file, a .jsonl file, or a folder of them, read as one stream of documents."""
+"""Where text comes from: a file or a folder of files, read as one stream of documents."""
 
 import ast
 import dataclasses
-import json
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +14,17 @@ from typing import Any
 from minitron_nemo.artefacts.origin import fingerprint_of
 from minitron_nemo.config.schema import CorpusConfig
 from minitron_nemo.data.corpus_facts import Skipped
+from minitron_nemo.data.text_files import (
+    Kind,
+    Span,
+    check_readable,
+    is_known,
+    kind_of,
+    read_records,
+    read_text,
+    suffix_of,
+    whole,
+)
 from minitron_nemo.errors import UserError
 
 STDLIB = "stdlib"  # as `input`: the standard library of the running interpreter, text that every machine has
@@ -24,50 +35,62 @@ STDLIB_EXCLUDE = (
 
 
 @dataclass(frozen=True)
-class Span:
-    """Bytes `start` to `end` of a file. A jsonl line belongs to the span in which it begins."""
+class FoundFiles:
+    """The files of a corpus, sorted, and how many were left out of each suffix that is not known to be text."""
 
-    path: Path
-    start: int
-    end: int
+    files: list[Path]
+    left_out: dict[str, int]
+
+    def describe(self) -> str:
+        """`12 .csv, 3 without suffix`"""
+        return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(self.left_out.items()))
 
 
-def list_files(corpus: CorpusConfig, *, name: str) -> list[Path]:
-    """The files of a corpus, sorted. Raises UserError when there are none."""
+def find_files(corpus: CorpusConfig, *, name: str) -> FoundFiles:
+    """The files of a corpus. Raises UserError when there are none, or one that cannot be read here."""
     is_stdlib = corpus.input == STDLIB
     source = Path(sysconfig.get_paths()["stdlib"] if is_stdlib else corpus.input)
     if source.is_file():
-        return [source]
+        check_readable(source)
+        return FoundFiles([source], {})
     if not source.is_dir():
         raise UserError(
-            f"prepare_data.corpora.{name}.input={corpus.input}: no such file or folder; give a text file, a .jsonl "
-            f"file, a folder of them, or {STDLIB}"
+            f"prepare_data.corpora.{name}.input={corpus.input}: no such file or folder; give a text file, a .jsonl, "
+            f".json or .parquet file, a folder of them, or {STDLIB}"
         )
     exclude = [*corpus.exclude, *(STDLIB_EXCLUDE if is_stdlib else ())]
     try:
         found = sorted(path for path in source.glob(corpus.glob) if path.is_file())
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"prepare_data.corpora.{name}.glob={corpus.glob!r}: {error}; give one such as '**/*'") from None
-    kept = [path for path in found if not _is_excluded(path.relative_to(source).as_posix(), exclude)]
+    asked = [path for path in found if not _is_excluded(path.relative_to(source).as_posix(), exclude)]
+    kept = [path for path in asked if _names_suffix(corpus.glob) or is_known(path)]
+    left_out = Counter(suffix_of(path) for path in set(asked) - set(kept))
+    result = FoundFiles(kept, dict(left_out))
     if not kept:
         raise UserError(
             f"prepare_data.corpora.{name}: {corpus.input} has no files for glob {corpus.glob!r} and "
-            f"exclude {corpus.exclude} ({len(found)} before exclude)"
+            f"exclude {corpus.exclude} ({len(found)} before exclude; not known as text: {result.describe() or 'none'})"
         )
-    return kept
+    for path in kept:
+        check_readable(path)
+    return result
+
+
+def list_files(corpus: CorpusConfig, *, name: str) -> list[Path]:
+    """The files of `find_files`."""
+    return find_files(corpus, name=name).files
+
+
+def _names_suffix(glob: str) -> bool:
+    """Whether a glob says what kind of file it wants: that is consent to read it, as plain text if need be."""
+    last = glob.rsplit("/", 1)[-1]
+    return "." in last and last.rsplit(".", 1)[-1] != "*"
 
 
 def _is_excluded(relative: str, patterns: list[str]) -> bool:
     # With the slash in front `*/tests/*` also finds a folder at the top.
     return any(fnmatchcase(relative, pattern) or fnmatchcase(f"/{relative}", pattern) for pattern in patterns)
-
-
-def whole(path: Path) -> Span:
-    return Span(path, 0, path.stat().st_size)
-
-
-def is_jsonl(path: Path) -> bool:
-    return path.suffix == ".jsonl"
 
 
 def read_documents(corpus: CorpusConfig, *, name: str) -> Iterator[str]:
@@ -78,7 +101,8 @@ def read_documents(corpus: CorpusConfig, *, name: str) -> Iterator[str]:
 
 def read_span(span: Span, corpus: CorpusConfig, *, skipped: Skipped) -> Iterator[str]:
     """The documents of one span; what is left out is counted in `skipped`."""
-    texts = _jsonl_texts(span, corpus.text_key) if is_jsonl(span.path) else _file_text(span.path, corpus, skipped)
+    is_plain = kind_of(span.path) is Kind.plain
+    texts = _file_text(span.path, corpus, skipped) if is_plain else read_records(span, corpus.text_key)
     for text in texts:
         if text.strip():
             yield text
@@ -88,8 +112,7 @@ def read_span(span: Span, corpus: CorpusConfig, *, skipped: Skipped) -> Iterator
 
 def _file_text(path: Path, corpus: CorpusConfig, skipped: Skipped) -> Iterator[str]:
     try:
-        # Bytes, not read_text: line ends are part of the text.
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
         docstrings = _docstrings(text) if corpus.docstrings_only else []
     except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
         skipped.undecodable_files += 1
@@ -113,45 +136,6 @@ def _docstrings(source: str) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
-def _jsonl_texts(span: Span, text_key: str) -> Iterator[str]:
-    with span.path.open("rb") as file:
-        if span.start:
-            # The line that begins before the span belongs to the one before; from one byte back, a line that
-            # begins exactly at `start` is kept.
-            file.seek(span.start - 1)
-            file.readline()
-        while (begin := file.tell()) < span.end and (line := file.readline()):
-            if line.strip():
-                try:
-                    yield _text_of(json.loads(line), text_key)
-                except (ValueError, RecursionError) as error:
-                    number = _line_number(span.path, begin)
-                    raise UserError(f"{span.path}, line {number}: {error}") from None
-
-
-def _text_of(record: Any, text_key: str) -> str:
-    """Raises ValueError, as json.loads does, for a record without usable text."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    if text_key not in record:
-        raise ValueError(f"no key {text_key!r}, it has {', '.join(map(repr, record))}; set text_key")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} must be a string, got {type(text).__name__}")
-    text.encode()  # a lone surrogate is no Unicode text and raises a ValueError
-    return text
-
-
-def _line_number(path: Path, offset: int) -> int:
-    """Line at a byte offset, counted from 1; only an error needs it, so it is counted then."""
-    number, left = 1, offset
-    with path.open("rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            number += block.count(b"\n")
-            left -= len(block)
-    return number
-
-
 def corpora_settings(corpora: dict[str, CorpusConfig]) -> dict[str, Any]:
     """What identifies the text of all corpora: each one's settings and the names, sizes and times of its files."""
     if not corpora:
@@ -161,6 +145,11 @@ def corpora_settings(corpora: dict[str, CorpusConfig]) -> dict[str, Any]:
         files = [(str(path), *_size_and_time(path)) for path in list_files(corpus, name=name)]
         settings[name] = {**dataclasses.asdict(corpus), "files": fingerprint_of(files), "num_files": len(files)}
     return settings
+
+
+def corpora_paths(corpora: dict[str, CorpusConfig]) -> tuple[Path, ...]:
+    """Where all corpora are read from."""
+    return tuple(Path(corpus.input) for corpus in corpora.values() if corpus.input != STDLIB)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

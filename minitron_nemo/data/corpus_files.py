@@ -2,30 +2,17 @@
 
 import hashlib
 import json
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minitron_nemo.data.corpus_facts import read_facts
+from minitron_nemo.data.corpus_index import MAKE_IT, CorpusIndex, check_index, open_index, with_suffix
 from minitron_nemo.data.tokenizer import Tokenizer
+from minitron_nemo.data.verified import verify_once
 from minitron_nemo.errors import UserError
 
-MAKE_IT = "make it with `python recipes/prepare_data.py`"
 SCANNED_TOKENS = 1_000_000  # at each end of a corpus that comes without facts
-
-# Megatron's index file: magic, version, dtype code, sequences, documents; then lengths (int32), byte offsets
-# (int64) and the sequence at which each document begins (int64).
-HEADER = struct.Struct("<9sQBQQ")
-MAGIC = b"MMIDIDX\x00\x00"
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-
-
-@dataclass(frozen=True)
-class IndexHeader:
-    dtype: np.dtype
-    num_tokens: int
 
 
 def find_corpus(name: str, prepared: Path) -> Path:
@@ -40,14 +27,15 @@ def find_corpus(name: str, prepared: Path) -> Path:
     )
 
 
-def with_suffix(prefix: Path, suffix: str) -> Path:
-    """Appended, not replaced: a corpus may be called `web.v2`."""
-    return prefix.parent / f"{prefix.name}{suffix}"
+def check_corpus(prefix: Path, *, tokenizer: Tokenizer, vocab_size: int, cache: Path | None) -> None:
+    """Raises UserError for a damaged pair, another tokenizer than the model's, or token ids the model does not have.
 
-
-def check_corpus(prefix: Path, *, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError for a damaged pair, another tokenizer than the model's, or token ids the model does not have."""
-    header = read_header(prefix)
+    The content is read only with `cache`, the folder that remembers which files were found right; else sizes and facts
+    are all that is looked at.
+    """
+    index = open_index(prefix)
+    if cache is not None:
+        check_index(index, prefix)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
@@ -55,7 +43,8 @@ def check_corpus(prefix: Path, *, tokenizer: Tokenizer, vocab_size: int) -> None
         )
     facts_path = with_suffix(prefix, ".json")
     if not facts_path.is_file():
-        _scan(prefix, header, vocab_size=vocab_size)
+        if cache is not None:
+            _scan(prefix, index, vocab_size=vocab_size)
         return
     facts = read_facts(facts_path)
     if facts.tokenizer != tokenizer.fingerprint:
@@ -64,33 +53,17 @@ def check_corpus(prefix: Path, *, tokenizer: Tokenizer, vocab_size: int) -> None
             f"model's ({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids); prepare it again with "
             f"`python recipes/prepare_data.py prepare_data.tokenizer={tokenizer.folder}`"
         )
-    if facts.tokens != header.num_tokens:
-        raise UserError(f"{prefix}: {facts_path.name} says {facts.tokens} tokens, .idx {header.num_tokens}; {MAKE_IT}")
+    if facts.tokens != index.num_tokens:
+        raise UserError(f"{prefix}: {facts_path.name} says {facts.tokens} tokens, .idx {index.num_tokens}; {MAKE_IT}")
+    if cache is not None:
+        expected = {with_suffix(prefix, f".{suffix}"): sha for suffix, sha in facts.sha256.items()}
+        verify_once(expected, cache=cache, remedy=MAKE_IT)
 
 
-def read_header(prefix: Path) -> IndexHeader:
-    """Type and number of the tokens. Raises UserError unless the .idx and the .bin are whole and fit each other."""
-    idx, tokens = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
-    with idx.open("rb") as file:
-        raw = file.read(HEADER.size)
-    magic, version, code, sequences, documents = HEADER.unpack(raw) if len(raw) == HEADER.size else (b"", 0, 0, 0, 0)
-    if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise UserError(f"{idx}: not a Megatron index file (bad header); {MAKE_IT}")
-    if idx.stat().st_size < (expected := HEADER.size + 12 * sequences + 8 * documents):
-        raise UserError(f"{idx}: {idx.stat().st_size} bytes, {expected} expected: truncated; {MAKE_IT}")
-    dtype = np.dtype(DTYPES[code])
-    num_tokens = int(np.fromfile(idx, dtype="<i4", count=sequences, offset=HEADER.size).sum(dtype=np.int64))
-    if num_tokens == 0 or tokens.stat().st_size != num_tokens * dtype.itemsize:
-        raise UserError(
-            f"{tokens}: {tokens.stat().st_size} bytes, {num_tokens * dtype.itemsize} expected by its .idx; {MAKE_IT}"
-        )
-    return IndexHeader(dtype, num_tokens)
-
-
-def _scan(prefix: Path, header: IndexHeader, *, vocab_size: int) -> None:
+def _scan(prefix: Path, index: CorpusIndex, *, vocab_size: int) -> None:
     """Both ends of a corpus that somebody else prepared: no fingerprint says which tokenizer made it."""
     path = with_suffix(prefix, ".bin")
-    tokens = np.memmap(path, dtype=header.dtype, mode="r")
+    tokens = np.memmap(path, dtype=index.dtype, mode="r")
     for start in {0, max(len(tokens) - SCANNED_TOKENS, 0)}:
         part = np.asarray(tokens[start : start + SCANNED_TOKENS])
         wrong = np.flatnonzero((part < 0) | (part >= vocab_size))

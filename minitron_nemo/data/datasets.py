@@ -6,6 +6,7 @@ epochs it needs. While a corpus is read less than once a longer run begins with 
 that, asking for more samples changes the order.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -30,12 +31,15 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.artefacts.publishing import fsync
 from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.corpus_files import content_fingerprint
+from minitron_nemo.data.verified import verify_once
 from minitron_nemo.errors import UserError
 
 SPLITS = {Split.train: "training", Split.valid: "validation"}
-NUMPY_MAGIC = b"\x93NUMPY"
+HASHES_FILE = "hashes.json"  # beside the cached indices
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class _MegatronTokenizer:
 
     vocab_size: int
     eod: int
-    pad: int = -1  # no token is padding: samples are always full
+    pad: int = -(2**63)  # no token is padding: samples are always full, and Megatron reads a padding id as 0 in silence
     unique_identifiers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
 
 
@@ -55,20 +59,43 @@ def build_datasets(blend: Blend, *, num_train: int, num_valid: int) -> tuple[Dat
     calls this with the same arguments; rank 0 writes the shuffled indices into `blend.cache`, which all ranks must
     see. Raises UserError for a corpus that is missing, damaged, too short or made with another tokenizer.
     """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        blend = dataclasses.replace(blend, verify=False)
     prefixes = blend.check()
     weights = np.array([blend.weights[name] for name in prefixes], dtype=np.float64)
     weights /= weights.sum()
-    config = _megatron_config(blend)
-    built = []
-    for split, num_samples in ((Split.train, num_train), (Split.valid, num_valid)):
-        built.append(_blend(prefixes, weights, config=config, split=split, num_samples=num_samples, cache=blend.cache))
-    return built[0], built[1]
+
+    def build(split: Split, num_samples: int, seed: int) -> Dataset | None:
+        config = _megatron_config(blend, seed=seed)
+        return _blend(prefixes, weights, config=config, split=split, num_samples=num_samples, cache=blend.cache)
+
+    return build(Split.train, num_train, blend.training_seed), build(Split.valid, num_valid, blend.seed)
 
 
 def batch(dataset: Dataset, indices: Sequence[int]) -> dict[str, torch.Tensor]:
     """`tokens`, `labels` (int64) and `loss_mask` (float32) of these samples, each [b, s] on the CPU."""
     samples = [dataset[index] for index in indices]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
+    values = {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
+    _check_ids(values, samples, dataset=dataset, indices=indices)
+    return values
+
+
+def _check_ids(
+    values: dict[str, torch.Tensor], samples: list[dict[str, Any]], *, dataset: Any, indices: Sequence[int]
+) -> None:
+    """Refuse an id that the model does not have: under tensor parallelism it would be nobody's row, and train."""
+    vocab_size = dataset.config.tokenizer.vocab_size
+    ids = torch.cat([values["tokens"], values["labels"][:, -1:]], dim=1)
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low >= 0 and high < vocab_size:
+        return
+    wrong = (ids < 0) | (ids >= vocab_size)
+    row = int(wrong.any(dim=1).nonzero()[0])
+    corpus = dataset.datasets[samples[row]["dataset_id"]] if "dataset_id" in samples[row] else dataset
+    raise UserError(
+        f"{corpus.dataset_path}.bin: sample {indices[row]} holds the id {int(ids[row][wrong[row]][0])}, the model has "
+        f"ids 0..{vocab_size - 1}; prepare the text with the model's tokenizer: python recipes/prepare_data.py"
+    )
 
 
 def batches_on(device: torch.device, dataset: Dataset) -> Callable[[int, int], dict[str, torch.Tensor]]:
@@ -80,13 +107,13 @@ def batches_on(device: torch.device, dataset: Dataset) -> Callable[[int, int], d
     return get
 
 
-def _megatron_config(blend: Blend) -> GPTDatasetConfig:
+def _megatron_config(blend: Blend, *, seed: int) -> GPTDatasetConfig:
     return GPTDatasetConfig(
-        random_seed=blend.seed,
+        random_seed=seed,
         sequence_length=blend.seq_length,
         blend=([], None),  # we hand corpora over ourselves; without it Megatron would make up mock data
         split=blend.split,
-        tokenizer=_MegatronTokenizer(vocab_size=blend.tokenizer.vocab_size, eod=blend.tokenizer.eod),
+        tokenizer=_MegatronTokenizer(vocab_size=blend.vocab_size, eod=blend.tokenizer.eod),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -137,7 +164,7 @@ def _corpus(
     )  # fmt: skip
     folder = cache / key
     arguments = (indexed, str(prefix), documents, num_samples, split, config)
-    if not (dist.is_initialized() and dist.get_rank() != 0) and not _is_usable(folder):
+    if not (dist.is_initialized() and dist.get_rank() != 0) and not _is_usable(folder, cache):
         temp = cache / f"{key}.tmp-{uuid.uuid4().hex[:8]}"
         with _path_to_cache(config, temp), _quiet("megatron.core.datasets"):
             GPTDataset(*arguments)
@@ -168,21 +195,36 @@ def _cache_key(*parts: str | int | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _is_usable(folder: Path) -> bool:
-    """Whether the cached indices are there. Megatron opens them allowing pickles, so only real arrays may pass."""
-    files = list(folder.glob("*.npy"))
-    return bool(files) and all(_begins_with(path, NUMPY_MAGIC) for path in files)
+def _is_usable(folder: Path, cache: Path) -> bool:
+    """Whether the cached indices are there as they were written; anything else is built again.
 
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+    Megatron opens them allowing pickles, so only real arrays may pass.
+    """
+    try:
+        hashes = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
+        files = {path.name: path for path in folder.glob("*.npy")}
+        if not files or hashes.keys() != files.keys():
+            return False
+        verify_once({path: hashes[name] for name, path in files.items()}, cache=cache, remedy="")
+        for path in files.values():
+            np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, AttributeError, RecursionError, UserError):
+        return False
+    return True
 
 
 def _move_into_place(temp: Path, folder: Path) -> None:
-    if folder.exists():
+    """Put new indices in place, on the disk with their hashes before they have their name."""
+    hashes = {path.name: file_sha256(path) for path in sorted(temp.glob("*.npy"))}
+    (temp / HASHES_FILE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    for path in (*temp.iterdir(), temp):
+        fsync(path)
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
     os.replace(temp, folder)
+    fsync(folder.parent)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from minitron_nemo.config.schema import CorpusConfig
-from minitron_nemo.data.corpora import Span, is_jsonl, read_span, whole
+from minitron_nemo.data.corpora import read_span
 from minitron_nemo.data.corpus_facts import Skipped
+from minitron_nemo.data.text_files import Span, is_divisible, whole
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 4 << 20  # a few seconds of one core
@@ -33,6 +34,7 @@ class ShardJob:
     spans: tuple[Span, ...]
     corpus: CorpusConfig
     tokenizer_folder: Path
+    bos: int | None
     dtype: str
     folder: Path
     key: str
@@ -62,9 +64,10 @@ class ShardIndex:
 
 
 def plan_shards(
-    files: list[Path], corpus: CorpusConfig, *, tokenizer: Tokenizer, dtype: str, folder: Path
+    files: list[Path], corpus: CorpusConfig, *, tokenizer: Tokenizer, bos: int | None, dtype: str, folder: Path
 ) -> list[ShardJob]:
-    """The input cut into pieces of like size: small files together, a large .jsonl by byte ranges.
+    """The input cut into pieces of like size: small files together, a large .jsonl by byte ranges. A
+    compressed file cannot be divided, so a large one is one piece.
 
     The key of a piece names its files with their sizes and times, the tokenizer and the options, so that a shard
     is taken up again only if it would come out the same.
@@ -73,9 +76,9 @@ def plan_shards(
     size = max(SHARD_BYTES, sum(path.stat().st_size for path in files) // MAX_SHARDS)
     for spans in _group(files, size):
         stats = [(str(s.path), s.start, s.end, s.path.stat().st_size, s.path.stat().st_mtime_ns) for s in spans]
-        parts = [FORMAT, tokenizer.fingerprint, dtype, corpus.text_key, corpus.docstrings_only, stats]
+        parts = [FORMAT, tokenizer.fingerprint, bos, dtype, corpus.text_key, corpus.docstrings_only, stats]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        jobs.append(ShardJob(tuple(spans), corpus, tokenizer.folder, dtype, folder, key))
+        jobs.append(ShardJob(tuple(spans), corpus, tokenizer.folder, bos, dtype, folder, key))
     return jobs
 
 
@@ -94,7 +97,7 @@ def _group(files: list[Path], shard_bytes: int) -> Iterator[list[Span]]:
 
 
 def _spans(path: Path, shard_bytes: int) -> Iterator[Span]:
-    if not is_jsonl(path):
+    if not is_divisible(path):
         yield whole(path)
         return
     size = path.stat().st_size
@@ -114,8 +117,9 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_shard(job: ShardJob) -> str:
-    """Tokenize the documents of one shard, `eod` after each, and return its key."""
+    """Tokenize the documents of one shard, `bos` before each where there is one and `eod` after, and return its key."""
     tokenizer = _tokenizer(job.tokenizer_folder)
+    first = [] if job.bos is None else [job.bos]
     skipped, lengths, text_bytes, digests = Skipped(), [], [], []
     tokens_temp = job.tokens_path.with_suffix(f".bin.tmp-{os.getpid()}")
     index_temp = job.index_path.with_suffix(f".npz.tmp-{os.getpid()}")
@@ -123,8 +127,8 @@ def write_shard(job: ShardJob) -> str:
         for texts in _batches(job, skipped):
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 raw = text.encode()
-                file.write(np.array([*ids, tokenizer.eod], dtype=job.dtype).tobytes())
-                lengths.append(len(ids) + 1)
+                file.write(np.array([*first, *ids, tokenizer.eod], dtype=job.dtype).tobytes())
+                lengths.append(len(first) + len(ids) + 1)
                 digests.append(np.frombuffer(hashlib.sha256(raw).digest(), dtype=">u8")[:DIGEST_WORDS])
                 text_bytes.append(len(raw))
     with index_temp.open("wb") as file:

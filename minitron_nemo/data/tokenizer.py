@@ -15,14 +15,13 @@ from minitron_nemo.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
+MAX_VOCAB = 2**31 - 1  # what Megatron's largest dtype for tokens can hold
+JSON_LIMIT = 256 * 2**20  # bytes; the tokenizer.json of a vocabulary of a million has a tenth of it
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
-
-    No begin-of-text token is added: documents are separated by `eod` alone, as NeMo and Megatron prepare them.
-    """
+    """Text to token ids and back. What begins and ends a document is not among the ids: `bos` and `eod` say it."""
 
     folder: Path
     eod: int  # id that ends every document
@@ -32,7 +31,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The largest id plus one; ids may have holes, so this is not the number of tokens."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return _size(self.backend)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -40,6 +39,41 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; several times faster than one by one, as offsets into the text are not kept."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def bos(self, add: bool | None = None) -> int | None:
+        """The id that begins every document, None where none does.
+
+        `add=None`: as the tokenizer's own post-processor does for a text (Llama-3's and Mistral's put a token first),
+        False: none, True: the `bos_token` of the folder. UserError when there is no such token, or more than one.
+        """
+        if add is False:
+            return None
+        if add is True:
+            ident = _special_id(self.folder, self.backend, "bos")
+            if ident is None:
+                raise UserError(
+                    f"{self.folder}: prepare_data.add_bos=true, and no begin-of-sequence token is known; set bos_token "
+                    "in tokenizer_config.json (or bos_token_id in config.json)"
+                )
+            return ident
+        first = self._put_first()
+        if len(first) > 1:
+            raise UserError(
+                f"{self.folder}: its post-processor puts {len(first)} tokens before a text, {first[:4]}; say with "
+                "prepare_data.add_bos=true (bos_token) or false what begins a document"
+            )
+        return first[0] if first else None
+
+    def _put_first(self) -> list[int]:
+        """The ids that the post-processor puts before those of a text."""
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        of_the_text = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
+        return list(encoding.ids[:of_the_text])
+
+    def special_ids(self) -> dict[str, int]:
+        """`bos_token_id` (where one is known) and `eos_token_id`, as a model's `config.json` names them."""
+        bos = _special_id(self.folder, self.backend, "bos")
+        return {**({} if bos is None else {"bos_token_id": bos}), "eos_token_id": self.eod}
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
@@ -61,48 +95,84 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         raise UserError(
-            f"{folder}: no tokenizer.json; give a tokenizer folder (`python recipes/train_tokenizer.py` makes one) "
-            "or a .nemo folder that has tokenizer/tokenizer.json"
+            f"{folder}: no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there, or give "
+            "another folder that has them (`python recipes/train_tokenizer.py` makes one), such as a .nemo folder"
         )
     content = _read_json(path)
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: the tokenizers library cannot open it: {error}") from None
+    backend = _open_backend(path, content)
     # A tokenizer.json may carry the truncation and padding of its last use: they would cut documents.
     backend.no_truncation()
     backend.no_padding()
-    eod = _eod(folder, backend)
+    eod = _special_id(folder, backend, "eos")
+    if eod is None:
+        raise UserError(
+            f"{folder}: no end-of-document token; set eos_token in tokenizer_config.json (or eos_token_id in "
+            "config.json)"
+        )
     decisive = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     text = json.dumps([decisive, eod], sort_keys=True, separators=(",", ":"))
     return Tokenizer(folder=folder, eod=eod, fingerprint=hashlib.sha256(text.encode()).hexdigest(), backend=backend)
 
 
-def _eod(folder: Path, backend: tokenizers.Tokenizer) -> int:
-    """Id of eos_token in tokenizer_config.json, else eos_token_id of the model's configuration."""
+def _open_backend(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        raise UserError(f"{path}: the tokenizers library cannot open it: {' '.join(str(error).split())}") from None
+    if not 0 < (size := _size(backend)) <= MAX_VOCAB:
+        raise UserError(f"{path}: has ids for a vocabulary of {size}; allowed are 1 to {MAX_VOCAB}")
+    return backend
+
+
+def _size(backend: tokenizers.Tokenizer) -> int:
+    """The largest id plus one; ids may have holes, so this is not the number of tokens."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int | None:
+    """Id of `<which>_token` in tokenizer_config.json, else `<which>_token_id` of the model's configuration, else None.
+
+    `which` is eos or bos. Raises UserError for one that is given and is no token of the vocabulary.
+    """
     if (path := folder / "tokenizer_config.json").is_file():
-        token = _read_json(path).get("eos_token")
+        token = _read_json(path).get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            ident = backend.token_to_id(token)
+            if not isinstance(token, str):
+                raise UserError(f"{path}: {which}_token={_short(token)}: must be a string, a token of tokenizer.json")
+            # A lone surrogate is no text, and the library cannot be asked for it.
+            ident = None if any(0xD800 <= ord(c) < 0xE000 for c in token) else backend.token_to_id(token)
             if ident is None:
-                raise UserError(f"{path}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
-            return ident
+                raise UserError(f"{path}: {which}_token {_short(token)} is not in the vocabulary of tokenizer.json")
+            return int(ident)
+    size = _size(backend)
     for name in ("generation_config.json", "config.json", "hf_config.json"):
         if (path := folder / name).is_file():
-            ident = _read_json(path).get("eos_token_id")
-            ident = ident[0] if isinstance(ident, list) and ident else ident
-            if isinstance(ident, int):
-                return ident
-    raise UserError(
-        f"{folder}: no end-of-document token; set eos_token in tokenizer_config.json (or eos_token_id in config.json)"
-    )
+            given = _read_json(path).get(f"{which}_token_id")
+            if given is None:
+                continue
+            ident = given[0] if isinstance(given, list) and given else given
+            if type(ident) is not int or not 0 <= ident < size:
+                raise UserError(
+                    f"{path}: {which}_token_id={_short(given)}: must be a token id of tokenizer.json, 0..{size - 1}"
+                )
+            return ident
+    return None
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise UserError(f"{path}: {size} bytes; no tokenizer needs more than {JSON_LIMIT}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")

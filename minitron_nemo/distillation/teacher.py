@@ -29,8 +29,8 @@ class Teacher:
     def hidden_states(self, batches: list[Batch]) -> Iterator[Tensor | None]:
         """Final hidden states [s, b, h] of every micro-batch on the last stage; None on the others.
 
-        Alone on its stage the teacher runs just before each micro-batch is needed. In a pipeline it runs through all
-        micro-batches at once, before this returns: its transfers must not meet the student's between two stages.
+        Alone on its stage the teacher runs just before each micro-batch is needed. In a pipeline it runs through all of
+        `batches` at once, before this returns: its transfers must not meet the student's between two stages.
         """
         if self.groups.pp is None:
             return (forward_hidden(self.model, [batch])[0] for batch in batches)

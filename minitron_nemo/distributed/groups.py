@@ -53,6 +53,14 @@ class Groups:
         if self.layout.world_size > 1:
             dist.barrier()
 
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Each flag as true on every rank if it was on one: what all must do alike. Collective, one small reduction."""
+        if self.layout.world_size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
     def share_json(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, on every rank; bytes cross, never pickles."""
         world_size = self.layout.world_size

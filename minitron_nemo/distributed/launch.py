@@ -2,57 +2,130 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
 from minitron_nemo.distributed.ranks import Rank, rank_from_environment, stop
-from minitron_nemo.errors import RankError, UserError
+from minitron_nemo.distributed.stopping import END, GRACE, INTERRUPTED, STOP, hearing, is_leaving, obey, obeying_signals
+from minitron_nemo.errors import RankError, StoppedError, UserError
 
 # By name: what the ranks of every step will import.
 PRELOADED = ["torch", "minitron_nemo.steps.train", "minitron_nemo.steps.estimate", "minitron_nemo.steps.evaluate"]
+FAREWELL = 10.0  # seconds for ranks that are done to take their process groups down
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A rank's process, the pipe on which it answers once, and the one whose only other end is ours."""
+
+    process: Any
+    answer: Connection
+    lifeline: Connection
+
+    def say(self, word: bytes) -> None:
+        with suppress(OSError):  # a rank that is gone hears nothing
+            self.lifeline.send_bytes(word)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
 
 
 def run_on_ranks(body: Callable[..., Any], *arguments: Any, num_ranks: int, gpu: bool = False) -> Any:
     """Call `body(rank, *arguments)` on every rank; returns rank 0's result.
 
     Under torchrun or srun this process is one rank of a world that exists. Otherwise `num_ranks` processes start on
-    this node, and the first that fails stops the others. `body` and `arguments` must be importable or picklable, and
-    the result no tensor: its memory may be gone with the rank before it is read (a numpy array is fine).
-    Raises UserError when a rank raised one, RankError when a rank failed otherwise.
+    this node, the first that fails stops the others, and they end with this process. `body` and `arguments` must be
+    importable or picklable, and the result no tensor: its memory may be gone with the rank before it is read (a numpy
+    array is fine).
+    Raises UserError when a rank raised one, StoppedError when all stopped because they were asked to,
+    KeyboardInterrupt when they were where they could not, RankError when a rank failed otherwise.
     """
     if (rank := rank_from_environment()) is not None:
-        result = body(rank, *arguments)
+        with obeying_signals():
+            result = body(rank, *arguments)
         stop()
         return result
-    # A fork server imports torch and Megatron once; every group of ranks then starts in a fraction of a second,
-    # from a process that holds no threads and no CUDA context.
+    context, port = start_method(gpu=gpu), _free_port()
+    started: list[_Started] = []
+    in_peace = False
+    with hearing(lambda: _say(started, STOP), last=lambda: _kill(started)) as asked:
+        try:
+            for index in range(num_ranks):
+                rank = Rank(index, index, num_ranks)
+                started.append(_start(context, (body, rank, arguments, port, gpu)))
+            if asked():  # before the last one was there to hear it
+                _say(started, STOP)
+            result, stopped = _collect([one.answer for one in started], asked=asked)
+            in_peace = True
+        finally:
+            if not in_peace:
+                _say(started, END)
+            _see_off(started, patience=FAREWELL if in_peace else GRACE + 0.5)
+    if stopped is not None:
+        raise StoppedError(stopped)
+    return result
+
+
+def start_method(*, gpu: bool) -> Any:
+    """How processes of ranks start.
+
+    On the CPU by a fork server, which imports torch and Megatron once, so that every group of ranks starts in a
+    fraction of a second. With GPUs each by itself: Megatron brings Transformer Engine along, which may start CUDA, and
+    a process forked after that cannot use it.
+    """
+    if gpu:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
-    processes, pipes = [], []
-    for index in range(num_ranks):
-        receiver, sender = context.Pipe(duplex=False)
-        rank = Rank(index, index, num_ranks)
-        process = context.Process(target=_rank_main, args=(body, rank, arguments, port, gpu, sender), daemon=True)
-        process.start()
-        sender.close()
-        processes.append(process)
-        pipes.append(receiver)
-    try:
-        return _collect(pipes)
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+    return context
+
+
+def _start(context: Any, arguments: tuple) -> _Started:
+    answer, sender = context.Pipe(duplex=False)
+    listener, lifeline = context.Pipe(duplex=False)
+    process = context.Process(target=_rank_main, args=(*arguments, sender, listener), daemon=True)
+    process.start()
+    sender.close()
+    listener.close()
+    return _Started(process, answer, lifeline)
+
+
+def _say(started: Sequence[_Started], word: bytes) -> None:
+    for one in started:
+        one.say(word)
+
+
+def _kill(started: Sequence[_Started]) -> None:
+    for one in started:
+        one.kill()
+
+
+def _see_off(started: Sequence[_Started], *, patience: float) -> None:
+    """Wait until every rank is gone, by one deadline for all; kill those that are not."""
+    waiting, deadline = {one.answer: one for one in started}, time.monotonic() + patience
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for ready in wait(list(waiting), left):
+            assert isinstance(ready, Connection)
+            try:
+                ready.recv_bytes()
+            except (EOFError, OSError):  # the rank held the other end
+                waiting.pop(ready)
+    _kill(list(waiting.values()))
+    for one in started:
+        one.process.join(timeout=1)
+        one.lifeline.close()
+        one.answer.close()
 
 
 def _free_port() -> int:
@@ -61,9 +134,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: bool, sender: Connection) -> None:
+def _rank_main(
+    body: Callable, rank: Rank, arguments: tuple, port: int, gpu: bool, sender: Connection, launcher: Connection
+) -> None:
+    obey(launcher)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if not gpu:
         torch.set_num_threads(max(1, _cores() // rank.world_size))
         if sys.platform == "linux":  # these ranks are neighbors: no need for the machine's name to resolve
@@ -73,9 +148,16 @@ def _rank_main(body: Callable, rank: Rank, arguments: tuple, port: int, gpu: boo
         stop()
     except UserError as error:
         sender.send(("refused", str(error)))
+    except StoppedError as error:
+        sender.send(("stopped", str(error)))
+        stop()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sender.send(("interrupted", ""))
+        sys.exit(INTERRUPTED)
     except BaseException:
+        if is_leaving():
+            sender.send(("interrupted", ""))
+            sys.exit(INTERRUPTED)
         sender.send(("failed", f"rank {rank.rank} of {rank.world_size}:\n{traceback.format_exc()}"))
         sys.exit(1)
 
@@ -85,17 +167,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with(server: int) -> None:
-    """End this rank when the fork server ends, which ends with the command: a killed command leaves no ranks behind."""
-    while os.getppid() == server:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _collect(pipes: list[Connection]) -> Any:
-    """Rank 0's result once every rank is done; the first failure is raised at once."""
-    waiting: dict[Connection, int] = {pipe: index for index, pipe in enumerate(pipes)}
-    result = None
+def _collect(answers: list[Connection], *, asked: Callable[[], bool]) -> tuple[Any, str | None]:
+    """Rank 0's result once every rank is done, and where they stopped if they did; the first failure is raised."""
+    waiting: dict[Connection, int] = {answer: index for index, answer in enumerate(answers)}
+    result = stopped = None
     while waiting:
         for ready in wait(list(waiting)):
             assert isinstance(ready, Connection)
@@ -103,12 +178,17 @@ def _collect(pipes: list[Connection]) -> Any:
             try:
                 outcome, value = ready.recv()
             except EOFError:
-                outcome, value = "failed", f"rank {index} of {len(pipes)} died without a word (out of memory?)"
+                outcome = "interrupted" if asked() else "failed"
+                value = f"rank {index} of {len(answers)} died without a word (out of memory?)"
             if outcome == "refused":
                 raise UserError(value)
+            if outcome == "interrupted":
+                raise KeyboardInterrupt
             if outcome == "failed":
                 print(value, file=sys.stderr)
                 raise RankError(value.splitlines()[0])
-            if index == 0:
+            if outcome == "stopped":
+                stopped = value
+            elif index == 0:
                 result = value
-    return result
+    return result, stopped

@@ -3,11 +3,14 @@
 import datetime
 import os
 from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from minitron_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Who this process is must be known before anything is said: torch, which takes seconds to import, comes with a use.
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -42,16 +45,35 @@ def is_main_process() -> bool:
 
 def uses_gpu(accelerator: str) -> bool:
     """Whether `trainer.accelerator` means GPUs here."""
+    if accelerator == "cpu":
+        return False
+    import torch
+
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=cpu")
-    return accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.is_available()
 
 
-def start(rank: Rank, *, gpu: bool) -> torch.device:
+def visible_gpus() -> int:
+    """GPUs that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def start(rank: Rank, *, gpu: bool) -> "torch.device":
     """Join the world process group (NCCL on GPU, gloo on CPU) and return this rank's device."""
+    import torch
+    import torch.distributed as dist
+
     if gpu:
         # One queue keeps Megatron's collectives ahead of the computation they overlap with (Hopper and older).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if rank.local_rank >= (visible := visible_gpus()):
+            raise UserError(
+                f"rank {rank.rank}: {visible} GPU(s) are visible to it and it is number {rank.local_rank} on its node; "
+                "start no more ranks on a node than it has GPUs, and let each see all of them"
+            )
         torch.cuda.set_device(rank.local_rank)
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -61,5 +83,7 @@ def start(rank: Rank, *, gpu: bool) -> torch.device:
 
 
 def stop() -> None:
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -52,6 +52,33 @@ class _NoStream:
         return lambda *args, **kwargs: None
 
 
+def _prefer_torch() -> None:
+    """Give Megatron torch's functions: at import it took those of Transformer Engine or Apex where these are.
+
+    The names are those of Megatron-Core 0.16 to 0.19; a module gets only the ones that it has.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as optimizers
+    from megatron.core.transformer import attention, transformer_block
+
+    torch_names = {
+        "Adam": torch.optim.AdamW,
+        "SGD": torch.optim.SGD,
+        "USING_PYTORCH_OPTIMIZER": True,
+        "HAVE_APEX_OR_TE": False,
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        "multi_tensor_scale_tensor_impl": None,  # 0.17 on: None is how it says that there is none
+        "get_cpu_offload_context": None,
+        "SplitAlongDim": None,
+    }
+    for module in (optimizer, distrib_optimizer, clip_grads, optimizers, attention, transformer_block):
+        for name in torch_names.keys() & vars(module).keys():
+            setattr(module, name, torch_names[name])
+
+
 @functools.cache
 def pretend_cuda_is_cpu() -> None:
     """Redirect CUDA to the CPU in this process; the second call does nothing."""
@@ -66,6 +93,7 @@ def pretend_cuda_is_cpu() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
 
+    _prefer_torch()
     from megatron.core.tensor_parallel import random as megatron_random
 
     rng: Any = megatron_random

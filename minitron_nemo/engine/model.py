@@ -30,14 +30,14 @@ def has_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
-def engine_choice(device: torch.device, dtype: torch.dtype) -> str:
-    """What runs the layers and the optimizer on this device, in one line for the log."""
-    layers, optimizer = "torch layers with scaled_dot_product_attention", "torch Adam"
+def engine_choice(device: torch.device, dtype: torch.dtype, optimizer: Any) -> str:
+    """What runs the layers and the optimizer that was built on this device, in one line for the log."""
+    layers = "torch layers with scaled_dot_product_attention"
     if has_transformer_engine(device):
-        layers, optimizer = "Transformer Engine layers", "Transformer Engine Adam"
-    elif device.type == "cuda" and importlib.util.find_spec("apex") is not None:
-        optimizer = "Apex Adam"
-    return f"engine: Megatron-Core on {device.type}, {layers}, {optimizer}, {str(dtype).removeprefix('torch.')}"
+        layers = "Transformer Engine layers"
+    inner = type(getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer)
+    adam = f"{inner.__module__.partition('.')[0]} {inner.__name__}"
+    return f"engine: Megatron-Core on {device.type}, {layers}, {adam}, {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class BuildOptions:
     dtype: torch.dtype = torch.float32
     recompute_activations: bool = False
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    gradient_accumulation_fusion: bool = False
     # Stage splits are per model, because teacher and student have their own.
     stage_layers: list[int] | None = None
 
@@ -92,7 +94,7 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         calculate_per_token_loss=True,  # sums over tokens; divided once by the tokens of the global batch
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=options.gradient_accumulation_fusion,
         bias_activation_fusion=te and arch.is_gated,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -12,16 +12,22 @@ from minitron_nemo.config.schema import OptimConfig
 from minitron_nemo.engine.model import HeadlessGPT
 
 
-def wrap_data_parallel(model: HeadlessGPT, *, distributed_optimizer: bool) -> DistributedDataParallel:
+def wrap_data_parallel(
+    model: HeadlessGPT, *, distributed_optimizer: bool, overlap_grad_reduce: bool = False
+) -> DistributedDataParallel:
     """The model in Megatron's data-parallel wrapper; gradients reduce in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap_grad_reduce,
         average_in_collective=False,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    if overlap_grad_reduce:
+        # Without it the schedule would start the reduction with every micro-batch.
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, *, distributed_optimizer: bool) -> Any:
@@ -52,7 +58,7 @@ def build_schedule(optimizer: Any, optim: OptimConfig, *, max_steps: int) -> Opt
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=min(optim.warmup_steps, max_steps - 1),
+        lr_warmup_steps=optim.warmup_in(max_steps),
         lr_decay_steps=max_steps,
         lr_decay_style="cosine",
         start_wd=optim.weight_decay,

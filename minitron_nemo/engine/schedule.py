@@ -1,6 +1,7 @@
 """Micro-batches through the pipeline: forward and backward (1F1B), or forward only."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each
 GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
 # (the model, its hidden states [s, b, h], the micro-batch, its context) -> the loss; called on the last stage only
 GetLoss = Callable[[HeadlessGPT, Tensor, Batch, Any], LossOutput]
+GetContexts = Callable[[list[Batch]], Iterable[Any]]  # micro-batches -> one context for each, in order
+
+
+def calls(firsts: Sequence[int], *, stages: int) -> Iterator[Sequence[int]]:
+    """The micro-batches of a forward pass over much data, as many as one call of the schedule takes: one alone, in a
+    pipeline four for each stage, so that stages wait for each other a fifth of the time and not most of it.
+    """
+    size = 1 if stages == 1 else 4 * stages
+    yield from (firsts[start : start + size] for start in range(0, len(firsts), size))
 
 
 def unwrap(model: Any) -> HeadlessGPT:
@@ -24,13 +34,62 @@ def unwrap(model: Any) -> HeadlessGPT:
 
 
 def run_schedule(
-    model: Any, batches: list[Batch], *, contexts: Iterable[Any], loss: GetLoss, train: bool
+    model: Any, batches: list[Batch], *, contexts: GetContexts, loss: GetLoss, train: bool, window: int = 0
 ) -> list[dict[str, Tensor]]:
     """The sums of every micro-batch's loss on the last stage, an empty list elsewhere.
 
-    `contexts` has one item for each micro-batch, taken when it is needed. When `train`, gradients of the summed loss
-    accumulate in the model.
+    `contexts` is called for `window` micro-batches (0: all) before those run, so that no more contexts exist at a
+    time. When `train`, gradients of the summed loss accumulate in the model; whatever the window, they are reduced and
+    divided by the tokens once, with the last of the micro-batches.
     """
+    size = window or len(batches)
+    windows = [batches[start : start + size] for start in range(0, len(batches), size)]
+    if not train or len(windows) == 1:
+        return [sums for part in windows for sums in _run_window(model, part, contexts(part), loss, train)]
+    results = []
+    with _finalized_once(model) as held:
+        for part in windows[:-1]:
+            waiting = contexts(part)
+            with held():
+                results += _run_window(model, part, waiting, loss, train)
+        return results + _run_window(model, windows[-1], contexts(windows[-1]), loss, train)
+
+
+@contextmanager
+def _finalized_once(model: Any) -> Iterator[Callable]:
+    """Several training schedules as one. Inside of the context that this gives, gradients only add up.
+
+    Megatron ends each schedule by `config.finalize_model_grads_func`, which reduces gradients over the ranks and
+    divides them by the tokens of the schedule; where reduction overlaps, the backward pass of the last micro-batch
+    starts it.
+    """
+    config = model.config
+    finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
+    waiting: list[Tensor] = []  # tokens of the schedules that were held, zero but on the last stage
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        config.finalize_model_grads_func = lambda models, tokens, **options: waiting.append(tokens)
+        config.no_sync_func = nullcontext  # the schedule leaves Megatron's before its last micro-batch
+        try:
+            with model.no_sync():
+                yield
+        finally:
+            config.finalize_model_grads_func, config.no_sync_func = finish, no_sync
+
+    def finish(models: list[Any], tokens: Tensor, **options: Any) -> None:
+        finalize(models, tokens + sum(waiting), **options)
+
+    try:
+        yield held
+    finally:
+        config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
+
+
+def _run_window(
+    model: Any, batches: list[Batch], contexts: Iterable[Any], loss: GetLoss, train: bool
+) -> list[dict[str, Tensor]]:
+    """One schedule over micro-batches whose contexts are there."""
 
     def forward_step(items: Iterator, part: Any) -> tuple[Tensor, Callable]:
         batch, context = next(items)

@@ -8,7 +8,7 @@ import torch
 
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import HeadlessGPT
-from minitron_nemo.engine.schedule import GetBatch
+from minitron_nemo.engine.schedule import GetBatch, calls
 from minitron_nemo.errors import UserError
 from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOKENS, TOP1_AGREEMENT
 from minitron_nemo.progress import progress
@@ -45,10 +45,10 @@ def evaluate(
     share = groups.layout.share(num_samples, micro_batch_size, name="num_samples")
     sums: Counter[str] = Counter()
     with torch.no_grad(), progress(num_samples, "evaluate", unit="sample", enabled=groups.is_main) as bar:
-        for first in share.first_samples(groups.dp_rank):
-            batches = [batch(first, micro_batch_size)]
+        for some in calls(share.first_samples(groups.dp_rank), stages=groups.layout.pp):
+            batches = [batch(first, micro_batch_size) for first in some]
             sums.update(batch_sums(model, batches, objective, groups=groups, train=False))
-            bar.advance(micro_batch_size * groups.layout.dp)
+            bar.advance(len(some) * micro_batch_size * groups.layout.dp)
     if not math.isfinite(sums[LOSS] + sums[CROSS_ENTROPY]):
         raise UserError(f"the held-out loss is not finite ({dict(sums)}): the model has diverged")
     result = means(sums)

@@ -63,7 +63,8 @@ class HeadLoss:
         and has no sum, nor has the agreement (same most likely token). Gradients reach the student's hidden states as
         this rank's part: the caller's region sums it over the group.
         """
-        total, parts_P = _ChunkedHeadLoss.apply(*student, *(teacher or (None, None)), labels_N, mask_N, self)
+        wants = torch.is_grad_enabled()  # always False inside of an autograd function
+        total, parts_P = _ChunkedHeadLoss.apply(*student, *(teacher or (None, None)), labels_N, mask_N, self, wants)
         sums = dict(zip(_PARTS, parts_P.unbind(), strict=True))
         sums[LOSS] = self.combine(sums[FORWARD_KL], sums[CROSS_ENTROPY])
         return LossOutput(total, {name: sums[name] for name in self.sum_names(with_teacher=teacher is not None)})
@@ -73,8 +74,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     """(loss, parts [P]): the loss in float32; the sums named by `_PARTS`, float64 and detached."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, teacher_NH, teacher_weight_VH, labels_N, mask_N, spec):  # type: ignore[no-untyped-def]
-        wants_gradient = any(ctx.needs_input_grad[:2])
+    def forward(ctx, hidden_NH, weight_VH, teacher_NH, teacher_weight_VH, labels_N, mask_N, spec, grad_enabled):  # type: ignore[no-untyped-def]
+        # `needs_input_grad` knows what requires a gradient, not whether the caller wants any.
+        wants_gradient = grad_enabled and any(ctx.needs_input_grad[:2])
         grad_hidden_NH = torch.empty_like(hidden_NH) if wants_gradient else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_gradient else None
         parts_P = torch.zeros(len(_PARTS), dtype=torch.float64, device=hidden_NH.device)
@@ -90,10 +92,12 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             parts_P += logits.token_sums(mask)
             if wants_gradient:
                 grad_NV = logits.gradient(mask).to(weight_VH.dtype)
-                grad_hidden_NH[rows] = grad_NV @ weight_VH
-                grad_weight_VH += grad_NV.T @ hidden_NH[rows]
-        if wants_gradient:
-            ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))
+                torch.mm(grad_NV, weight_VH, out=grad_hidden_NH[rows])
+                if weight_VH.dtype == torch.float32:
+                    grad_weight_VH.addmm_(grad_NV.T, hidden_NH[rows])
+                else:
+                    grad_weight_VH += grad_NV.T @ hidden_NH[rows]
+        ctx.gradients = (grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype)) if wants_gradient else None
         loss = spec.combine(parts_P[_PARTS.index(FORWARD_KL)], parts_P[_PARTS.index(CROSS_ENTROPY)])
         ctx.mark_non_differentiable(parts_P)
         return loss.float(), parts_P
@@ -101,8 +105,11 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
-        grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
-        return grad_hidden_NH * grad_loss, grad_weight_VH * grad_loss, None, None, None, None, None
+        """Hands the gradients out once, scaled in place: a copy would be as large as the head weight."""
+        if ctx.gradients is None:
+            raise RuntimeError("the head loss was differentiated before: its gradients are given away once")
+        (grad_hidden_NH, grad_weight_VH), ctx.gradients = ctx.gradients, None
+        return grad_hidden_NH.mul_(grad_loss), grad_weight_VH.mul_(grad_loss), *[None] * 6
 
 
 def _logits(hidden_NH: Tensor, weight_VH: Tensor, spec: HeadLoss) -> Tensor:
@@ -114,76 +121,112 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, spec: HeadLoss) -> Tensor:
 
 
 class _Chunk:
-    """Exact statistics of one chunk of tokens over the whole vocabulary, from one all-gather."""
+    """Exact statistics of one chunk of tokens over the whole vocabulary, from one all-gather.
+
+    Both matrices of logits are used up: what is kept of them are the exponentials that the gradient needs, each taken
+    once, with this rank's largest logit as their origin.
+    """
 
     def __init__(self, spec: HeadLoss, student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor) -> None:
-        self.spec = spec
-        self.s_NV, self.t_NV = student_NV, teacher_NV
+        self.spec, self.has_teacher = spec, teacher_NV is not None
         self.first_row = 0 if spec.group is None else spec.group.rank() * student_NV.shape[1]
-        self.local_label_N = labels_N - self.first_row
-        self.has_label_N = (self.local_label_N >= 0) & (self.local_label_N < student_NV.shape[1])
-        self._merge(_gather(self._local_statistics(), spec.group))
+        local_label_N = labels_N - self.first_row
+        self.has_label_N = (local_label_N >= 0) & (local_label_N < student_NV.shape[1])
+        self.label_N = local_label_N.clamp(0, student_NV.shape[1] - 1)
+        self._merge(_gather(self._local_statistics(student_NV, teacher_NV), spec.group))
 
-    def _local_statistics(self) -> Tensor:
-        """[N, 9] of this rank's part: see the names in `_merge`."""
+    def _local_statistics(self, s_NV: Tensor, t_NV: Tensor | None) -> Tensor:
+        """[N, 9] of this rank's part: see the names in `_merge`. Overwrites both matrices."""
         tau = self.spec.temperature
-        max_s, best_s = self.s_NV.max(dim=1)
-        exp_NV = (self.s_NV - max_s[:, None]).exp()
-        sum_1 = exp_NV.sum(dim=1)
-        sum_s = sum_1 if tau == 1.0 else exp_NV.pow(1 / tau).sum(dim=1)
-        label = self.s_NV.gather(1, self.local_label_N.clamp(0, self.s_NV.shape[1] - 1)[:, None])[:, 0]
+        max_s, best_s = s_NV.max(dim=1)
+        label = s_NV.gather(1, self.label_N[:, None])[:, 0]
         label = torch.where(self.has_label_N, label, torch.full_like(label, _NEVER))
-        columns = [max_s, sum_s, sum_1, label, best_s + self.first_row]
-        if self.t_NV is not None:
-            max_t, best_t = self.t_NV.max(dim=1)
-            weight_NV = ((self.t_NV - max_t[:, None]) / tau).exp()
-            difference = (weight_NV * (self.t_NV - self.s_NV)).sum(dim=1) / tau
-            columns += [max_t, weight_NV.sum(dim=1), difference, best_t + self.first_row]
+        teacher = [] if t_NV is None else self._teacher_statistics(s_NV, t_NV)
+        exp_NV = s_NV.sub_(max_s[:, None])
+        if tau == 1.0:
+            self.exp_s_NV = self.exp_1_NV = exp_NV.exp_()
+            sum_1 = sum_s = exp_NV.sum(dim=1)
+        else:
+            # Not a power of the exponentials at 1: what underflows there is still probable at a high temperature.
+            self.exp_s_NV = (exp_NV / tau).exp_()
+            self.exp_1_NV = exp_NV.exp_()
+            sum_1, sum_s = self.exp_1_NV.sum(dim=1), self.exp_s_NV.sum(dim=1)
+        self.max_s_N = max_s.double()
+        columns = [max_s, sum_s, sum_1, label, best_s + self.first_row, *teacher]
         return torch.stack([column.float() for column in columns], dim=1)
 
-    def _merge(self, stats_TNC: Tensor) -> None:
-        """Whole-vocabulary values per token [N], combined in rank order so that every rank gets the same bits."""
+    def _teacher_statistics(self, s_NV: Tensor, t_NV: Tensor) -> list[Tensor]:
+        """The columns of the teacher, [N] each; overwrites its logits."""
         tau = self.spec.temperature
-        max_s, sum_s, sum_1, label, best_s = stats_TNC[:, :, :5].unbind(dim=2)
+        max_t, best_t = t_NV.max(dim=1)
+        self.max_t_N, self.exp_t_NV = max_t.double(), t_NV - max_t[:, None]
+        if tau != 1.0:
+            self.exp_t_NV /= tau
+        self.exp_t_NV.exp_()
+        difference = t_NV.sub_(s_NV).mul_(self.exp_t_NV).sum(dim=1) / tau
+        return [max_t, self.exp_t_NV.sum(dim=1), difference, best_t + self.first_row]
+
+    def _merge(self, stats_TNC: Tensor) -> None:
+        """Whole-vocabulary values per token [N], combined in rank order so that every rank gets the same bits.
+
+        In float64: a divergence is the small difference of large logarithms, and the loss multiplies it by tau squared.
+        """
+        tau = self.spec.temperature
+        max_s, sum_s, sum_1, label, best_s = stats_TNC.double()[:, :, :5].unbind(dim=2)
         top_s, holder_s = max_s.max(dim=0)
         self.lse_N = (sum_1 * (max_s - top_s).exp()).sum(dim=0).log() + top_s
         self.lse_s_N = (sum_s * ((max_s - top_s) / tau).exp()).sum(dim=0).log() + top_s / tau
         self.cross_entropy_N = self.lse_N - label.max(dim=0).values
-        if self.t_NV is None:
+        if not self.has_teacher:
             self.forward_kl_N = self.agree_N = torch.zeros_like(self.lse_N)
             return
-        max_t, sum_t, difference, best_t = stats_TNC[:, :, 5:].unbind(dim=2)
+        max_t, sum_t, difference, best_t = stats_TNC.double()[:, :, 5:].unbind(dim=2)
         top_t, holder_t = max_t.max(dim=0)
         scale = ((max_t - top_t) / tau).exp()
         total_t = (sum_t * scale).sum(dim=0)
         self.lse_t_N = total_t.log() + top_t / tau
         self.forward_kl_N = (difference * scale).sum(dim=0) / total_t - self.lse_t_N + self.lse_s_N
-        self.agree_N = (best_s.gather(0, holder_s[None]) == best_t.gather(0, holder_t[None]))[0].float()
+        self.agree_N = (best_s.gather(0, holder_s[None]) == best_t.gather(0, holder_t[None]))[0].double()
 
     def token_sums(self, mask_N: Tensor) -> Tensor:
         """The sums of the chunk, in float64 and in the order of `_PARTS`: [P]."""
         values = {
-            TOKENS: torch.ones_like(mask_N),
+            TOKENS: torch.ones_like(self.lse_N),
             FORWARD_KL: self.forward_kl_N,
             CROSS_ENTROPY: self.cross_entropy_N,
             TOP1_AGREEMENT: self.agree_N,
         }
-        values_PN = torch.stack([values[name] for name in _PARTS])
-        return (values_PN.double() * mask_N.double()).sum(dim=1)
+        return (torch.stack([values[name] for name in _PARTS]) * mask_N.double()).sum(dim=1)
 
     def gradient(self, mask_N: Tensor) -> Tensor:
-        """Gradient of the loss with respect to this rank's student logits, [N, V]."""
-        spec, tau = self.spec, self.spec.temperature
-        grad_NV = torch.zeros_like(self.s_NV)
-        if self.t_NV is not None and spec.kl_weight:
-            grad_NV = (self.s_NV / tau - self.lse_s_N[:, None]).exp_()
-            grad_NV -= (self.t_NV / tau - self.lse_t_N[:, None]).exp_()
-            grad_NV *= spec.kl_weight * tau
-        if spec.cross_entropy_weight:
-            grad_NV += spec.cross_entropy_weight * (self.s_NV - self.lse_N[:, None]).exp_()
-            rows = self.has_label_N.nonzero()[:, 0]
-            grad_NV[rows, self.local_label_N[rows]] -= spec.cross_entropy_weight
-        return grad_NV.mul_(mask_N[:, None])
+        """Gradient of the loss with respect to this rank's student logits, [N, V]; made of the exponentials, once.
+
+        A probability is a stored exponential times a factor of its token; weights and mask are part of the factor.
+        """
+        tau, weight_1_N = self.spec.temperature, self.spec.cross_entropy_weight * mask_N
+        factor_1_N = weight_1_N * (self.max_s_N - self.lse_N).exp()
+        if self.has_teacher and self.spec.kl_weight:
+            weight_N = self.spec.kl_weight * tau * mask_N
+            factor_s_N = weight_N * (self.max_s_N / tau - self.lse_s_N).exp()
+            factor_t_N = weight_N * (self.max_t_N / tau - self.lse_t_N).exp()
+            shares_exponentials = self.exp_1_NV is self.exp_s_NV
+            grad_NV = self.exp_s_NV.mul_(_column(factor_s_N + factor_1_N if shares_exponentials else factor_s_N))
+            grad_NV.addcmul_(self.exp_t_NV, _column(factor_t_N), value=-1)
+            if self.spec.cross_entropy_weight and not shares_exponentials:
+                grad_NV.addcmul_(self.exp_1_NV, _column(factor_1_N))
+        else:
+            grad_NV = self.exp_1_NV.mul_(_column(factor_1_N))
+        if self.spec.cross_entropy_weight:
+            # One place in every row, also where another rank has the label: which rows those are is not known to the
+            # host, and asking would make it wait for the device.
+            at_label_N1 = grad_NV.gather(1, self.label_N[:, None])
+            weight_1_N = torch.where(self.has_label_N, weight_1_N, torch.zeros_like(weight_1_N))
+            grad_NV.scatter_(1, self.label_N[:, None], at_label_N1 - weight_1_N[:, None])
+        return grad_NV
+
+
+def _column(factor_N: Tensor) -> Tensor:
+    return factor_N.float()[:, None]
 
 
 def _gather(stats_NC: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -18,6 +18,7 @@ from minitron_nemo.artefacts.records import read_record
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import ImportanceScores, read_scores
 from minitron_nemo.pruning.plan import PruningPlan, read_plan
+from minitron_nemo.reporting.making import Making, Records, makings, reference_of
 from minitron_nemo.shape.arch import ModelArch
 
 METRICS = ("params", "tokens", "cross_entropy", "perplexity", "forward_kl", "top1_agreement")
@@ -26,7 +27,6 @@ OPTIONAL = ("forward_kl", "top1_agreement")  # an evaluation without a reference
 FORMER_NAMES = {"validation_loss": "cross_entropy", "lm_loss": "cross_entropy", "val_lm_loss": "val_cross_entropy"}
 
 Model = dict[str, Any]
-Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Report:
     """What the steps of one run left behind, in the order in which it is shown.
 
     `models` maps a name to the `METRICS` of its evaluation and its `arch`; `curves` holds the training records of
-    those that were trained here, one per step; `plans` those of the pruned ones.
+    those that were trained here, one per step; `plans` those of the pruned ones; `made` how each was made; `reference`
+    the model that all are compared with, in words.
     """
 
     title: str
@@ -42,6 +43,8 @@ class Report:
     curves: dict[str, Records]
     scores: ImportanceScores | None
     plans: dict[str, PruningPlan]
+    made: dict[str, Making]
+    reference: str
     facts: dict[str, Any]
 
 
@@ -56,12 +59,16 @@ def collect(run_dir: str | Path, models: Sequence[str]) -> Report:
         raise UserError("report.models=[]: name at least one model to show")
     scores = run_dir / "importance"
     plans = {name: run_dir / f"{name}.nemo" / "plan.json" for name in models}
+    read = {name: _read_model(run_dir, name) for name in models}
+    curves = {name: records for name in models if (records := read_metrics(run_dir / "logs" / name))}
     return Report(
         title=run_dir.resolve().name,
-        models={name: _read_model(run_dir, name) for name in models},
-        curves={name: records for name in models if (records := read_metrics(run_dir / "logs" / name))},
+        models=read,
+        curves=curves,
         scores=read_scores(scores) if scores.is_dir() else None,
         plans={name: read_plan(path) for name, path in plans.items() if path.exists()},
+        made=makings(run_dir, models, curves),
+        reference=reference_of(run_dir, models),
         facts=_facts(),
     )
 

@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
 from io import StringIO
-from itertools import zip_longest
 from typing import Any, TypeGuard
 
 import matplotlib
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from minitron_nemo.importance.scores import ImportanceScores
 from minitron_nemo.pruning.plan import PruningPlan
-from minitron_nemo.reporting.collect import Records
+from minitron_nemo.reporting.making import Records
 from minitron_nemo.reporting.table import sizes
 from minitron_nemo.shape.arch import ModelArch, billions
 from minitron_nemo.shape.axes import AXES
@@ -56,6 +57,11 @@ TITLES = {
     "num_attention_heads": "Attention heads",
 }
 
+# Inches of a panel. Each is a picture of its own, so that a page can put them side by side or under each other and text
+# stays legible: 9 points are 11 pixels on a telephone of 390.
+WIDTH, HEIGHT = 4.0, 2.7
+MAX_NAME = 24  # letters of a name beside a bar
+
 Series = tuple[list[float], list[float]]
 
 
@@ -65,37 +71,45 @@ def loss_curves(curves: Mapping[str, Records], names: Sequence[str]) -> str:
         ("Cross-entropy", "cross_entropy", "val_cross_entropy"),
         ("Forward KL from the teacher", "forward_kl", "val_forward_kl"),
     ]
-    drawn = [panel for panel in panels if any(_series(records, *panel[1:]) for records in curves.values())]
-    if not drawn:
-        return ""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 3.9), layout="constrained")
-        axes = figure.subplots(1, len(drawn), squeeze=False)[0]
-        for axis, (title, training, validation) in zip(axes, drawn, strict=True):
+    drawn = [panel for panel in panels if any(_values(records, *panel[1:]) for records in curves.values())]
+    pictures: list[str] = []
+    for title, training, validation in drawn:
+        with _panel(f"{title} over training tokens", pictures) as axis:
             tops = []
             for name, records in curves.items():
-                color = _color(name, names)
-                tops += _draw_run(axis, records, (training, validation), color=color)
+                tops += _draw_run(axis, records, (training, validation), color=color_of(name, names))
             axis.set(title=title, xlabel="training tokens")
-            axis.set_ylim(top=1.05 * max(tops))
+            lowest = min(value for records in curves.values() for value in _values(records, training, validation))
+            if training == "forward_kl" and lowest > 0:
+                _log_scale(axis)
+            else:
+                axis.set_ylim(top=1.05 * max(tops))
             axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
-            axis.xaxis.set_major_locator(MaxNLocator(5))
-        _legend(figure, list(curves), names)
-        return _svg(figure, "Losses over training tokens")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+    return "\n".join(pictures)
+
+
+@contextmanager
+def _panel(label: str, pictures: list[str], *, height: float = HEIGHT, **style: Any) -> Iterator[Axes]:
+    """Axes to draw on; the picture is added to `pictures` when the block ends."""
+    rules: dict[Any, Any] = {**STYLE, **style}
+    with matplotlib.rc_context(rules):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure.subplots()
+        pictures.append(_svg(figure, label))
 
 
 def _draw_run(axis: Axes, records: Records, keys: tuple[str, str], *, color: str) -> list[float]:
-    """Draws both lines; returns values that the panel has to show (the first steps may leave it at the top)."""
+    """Draws both lines; returns values that the panel has to show (early steps may leave it at the top)."""
     training, validation = _points(records, keys[0]), _points(records, keys[1])
     axis.plot(*training, color=color, linewidth=0.8, alpha=0.45)
     axis.plot(*validation, color=color, linewidth=1.6, marker="o", markersize=3)
-    if validation[1]:
-        return validation[1]
-    return training[1][len(training[1]) // 10 :]
+    shown = validation[1] or training[1]
+    return shown[len(shown) // 3 :]
 
 
-def _series(records: Records, *keys: str) -> bool:
-    return any(_points(records, key)[1] for key in keys)
+def _values(records: Records, *keys: str) -> list[float]:
+    return [value for key in keys for value in _points(records, key)[1]]
 
 
 def _points(records: Records, key: str) -> Series:
@@ -116,26 +130,21 @@ def _is_finite(value: Any) -> TypeGuard[float]:
 
 def importance(scores: ImportanceScores, plans: Mapping[str, PruningPlan]) -> str:
     """The scores of the model, a panel for each axis, with what the plans of this model cut."""
-    names = [name for name in AXES if name in scores.by_axis]
     targets = [plan.target for plan in plans.values() if plan.source == scores.arch]
     dropped = {layer for plan in plans.values() if plan.source == scores.arch for layer in plan.dropped_layers()}
-    num_rows = math.ceil(len(names) / 2)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 3.2 * num_rows), layout="constrained")
-        panels = figure.subplots(num_rows, 2, squeeze=False).flat
-        for panel, name in zip_longest(panels, names):
-            if name is None:
-                panel.set_visible(False)
-            elif AXES[name].is_layers:
+    pictures: list[str] = []
+    for name in (name for name in AXES if name in scores.by_axis):
+        title = TITLES.get(name, name)
+        with _panel(f"Importance: {title}", pictures) as panel:
+            if AXES[name].is_layers:
                 _draw_layers(panel, scores[name], dropped=dropped)
             elif not AXES[name].per_layer:
-                kept = {AXES[name].size(target) for target in targets}
-                _draw_ranked(panel, scores[name], title=TITLES.get(name, name), kept=kept)
+                _draw_ranked(panel, scores[name], title=title, kept={AXES[name].size(target) for target in targets})
             elif AXES[name].within is not None:
-                _draw_units(panel, figure, scores[name], title=TITLES.get(name, name))
+                _draw_units(panel, scores[name], title=title)
             else:
-                _draw_spread(panel, scores[name], title=TITLES.get(name, name))
-        return _svg(figure, "Importance of the units of every axis")
+                _draw_spread(panel, scores[name], title=title)
+    return "\n".join(pictures)
 
 
 def _draw_layers(panel: Axes, scores: Tensor, *, dropped: Collection[int]) -> None:
@@ -147,7 +156,7 @@ def _draw_layers(panel: Axes, scores: Tensor, *, dropped: Collection[int]) -> No
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_units(panel: Axes, figure: Figure, scores: Tensor, *, title: str) -> None:
+def _draw_units(panel: Axes, scores: Tensor, *, title: str) -> None:
     """Every unit of every layer a patch, for axes of few units; `scores` is [layers, units]."""
     relative = scores / scores.mean(dim=1, keepdim=True).clamp_min(1e-30)
     columns, rows = (torch.arange(size + 1) + 0.5 for size in reversed(scores.shape))
@@ -158,7 +167,7 @@ def _draw_units(panel: Axes, figure: Figure, scores: Tensor, *, title: str) -> N
     panel.invert_yaxis()
     for side in (panel.xaxis, panel.yaxis):
         side.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(mesh, ax=panel).outline.set_visible(False)
+    panel.figure.colorbar(mesh, ax=panel).outline.set_visible(False)
 
 
 def _draw_spread(panel: Axes, scores: Tensor, *, title: str) -> None:
@@ -200,56 +209,63 @@ def _log_scale(axis: Axes) -> None:
 def shapes(archs: Mapping[str, ModelArch]) -> str:
     """The sizes of each distinct shape, a panel per axis."""
     rows = {name: {**sizes(arch), "parameters": arch.num_params()} for name, arch in archs.items()}
-    names = list(archs)
-    titles = list(rows[names[0]])
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(9.5, 0.8 + 0.34 * len(names)), layout="constrained")
-        axes = figure.subplots(1, len(titles), sharey=True)
-        for axis, title in zip(axes, titles, strict=True):
-            form = billions if title == "parameters" else str
-            _draw_bars(axis, names, [rows[name][title] for name in names], title=title, form=form, colors=names)
-        axes[0].invert_yaxis()  # shared by all: the first name on top
-        return _svg(figure, "Shapes before and after")
+    columns: dict[str, tuple[str, Any]] = {
+        title: (title, billions if title == "parameters" else str) for title in next(iter(rows.values()))
+    }
+    return _bars(rows, columns)
 
 
 def results(models: Mapping[str, dict[str, Any]]) -> str:
-    """Cross-entropy, divergence from the reference and agreement of every model, as bars from zero."""
-    columns = {
+    """Cross-entropy, divergence from the reference and agreement of every model; only the first not from zero."""
+    columns: dict[str, tuple[str, Any]] = {
         "cross_entropy": ("cross-entropy", lambda value: f"{value:.3f}"),
         "forward_kl": ("forward KL", lambda value: f"{value:.3f}"),
         "top1_agreement": ("top-1 agreement", lambda value: f"{value:.1%}"),
     }
-    names = list(models)
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(9.5, 0.8 + 0.34 * len(names)), layout="constrained")
-        axes = figure.subplots(1, len(columns), sharey=True)
-        for axis, (key, (title, form)) in zip(axes, columns.items(), strict=True):
-            values = [models[name][key] for name in names]
-            _draw_bars(axis, names, values, title=title, form=form, colors=names)
-        axes[0].invert_yaxis()  # shared by all: the first name on top
-        return _svg(figure, "Results of every model")
+    return _bars(models, columns, near=("cross_entropy",))
 
 
-def _draw_bars(
-    axis: Axes, names: Sequence[str], values: Sequence[Any], *, title: str, form: Any, colors: Sequence[str]
-) -> None:
-    finite = [value if _is_finite(value) else 0.0 for value in values]
-    bars = axis.barh(names, finite, color=[_color(name, colors) for name in names], height=0.7)
+def _bars(
+    rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, Any]], *, near: Collection[str] = ()
+) -> str:
+    """A panel of bars for each column, a bar for each row; the axes of the columns `near` start near their minimum."""
+    names, pictures = list(rows), list[str]()
+    for key, (title, form) in columns.items():
+        with _panel(title, pictures, height=0.7 + 0.26 * len(names), **{"axes.grid": False}) as axis:
+            values = [rows[name][key] for name in names]
+            start = _near_minimum([value for value in values if _is_finite(value)]) if key in near else 0.0
+            _draw_bars(
+                axis, names, values, title=title if not start else f"{title}, from {start:g}", form=form, start=start
+            )
+            axis.invert_yaxis()  # the first name on top
+    return "\n".join(pictures)
+
+
+def _near_minimum(values: Sequence[float]) -> float:
+    """A round number a little below the least of these: differences show, the least keeps a bar. 0 for one value."""
+    if len(set(values)) < 2 or min(values) <= 0:
+        return 0.0
+    span = max(values) - min(values)
+    step = 10.0 ** math.floor(math.log10(span))
+    return max(0.0, round(math.floor((min(values) - 0.1 * span) / step * 10) * step / 10, 6))
+
+
+def _draw_bars(axis: Axes, names: Sequence[str], values: Sequence[Any], *, title: str, form: Any, start: float) -> None:
+    finite = [value - start if _is_finite(value) else 0.0 for value in values]
+    places = range(len(names))
+    bars = axis.barh(places, finite, left=start, color=[color_of(name, names) for name in names], height=0.7)
     labels = [form(value) if _is_finite(value) else "-" for value in values]
     axis.bar_label(bars, labels=labels, padding=3, fontsize=8)
+    axis.set_yticks(places, [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in names])
     axis.set_title(title)
-    axis.set_xlim(0, 1.35 * (max(finite) or 1.0))
+    axis.set_xlim(start, start + 1.35 * (max(finite) or 1.0))
     axis.xaxis.set_visible(False)
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(left=False)
 
 
-def _legend(figure: Figure, drawn: Sequence[str], names: Sequence[str]) -> None:
-    handles = [matplotlib.lines.Line2D([], [], color=_color(name, names), linewidth=2, label=name) for name in drawn]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
-
-
-def _color(name: str, names: Sequence[str]) -> str:
+def color_of(name: str, names: Sequence[str]) -> str:
+    """The color of a model among these, the same in every picture."""
     return COLORS[list(names).index(name) % len(COLORS)]
 
 
@@ -263,4 +279,4 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).replace(INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).replace(INK, "currentColor")

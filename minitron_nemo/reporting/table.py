@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 
+from minitron_nemo.progress import duration
 from minitron_nemo.reporting.collect import Model
+from minitron_nemo.reporting.making import Making
 from minitron_nemo.shape.arch import ModelArch, billions
 from minitron_nemo.shape.axes import AXES
 
@@ -27,6 +29,26 @@ def table_row(name: str, model: Model) -> list[str]:
         _cell(model["forward_kl"], ".4f"),
         _cell(model["top1_agreement"], ".1%"),
     ]
+
+
+TRAINING_HEADINGS = ("model", "steps", "tokens", "time", "tokens/s", "of peak FLOP/s")
+
+
+def training_row(name: str, making: Making) -> list[str]:
+    """The cells of a model's training under `TRAINING_HEADINGS`."""
+    return [
+        name,
+        str(making.steps),
+        billions(making.tokens),
+        duration(making.seconds),
+        billions(making.tokens_per_second),
+        _cell(making.utilization, ".0%"),
+    ]
+
+
+def in_bytes(size: float) -> str:
+    """`63.1 GB`: powers of ten."""
+    return billions(size).replace(" B", " G").replace(" K", " k") + "B" if size >= 1000 else f"{size:g} bytes"
 
 
 def sizes(arch: ModelArch) -> dict[str, int]:

@@ -8,14 +8,14 @@ else knows how rows are ordered. Units and elements count from 0.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from minitron_nemo.shape.arch import ModelArch
 
-Kept = Mapping[str, Tensor]  # axis -> kept units of the source, ascending int64; an axis that is absent stays whole
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kept = Mapping[str, "Tensor"]  # axis -> kept units of the source, ascending int64; an axis that is absent stays whole
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Packing(Protocol):
     def size(self, arch: ModelArch) -> int:
         """Elements along the dimension, unsharded."""
 
-    def keep(self, kept: Kept, arch: ModelArch) -> Tensor | None:
+    def keep(self, kept: Kept, arch: ModelArch) -> "Tensor | None":
         """Elements of the source `arch` that the kept units cover, ascending int64; None when all of them stay."""
 
     def tensor_parallel_pieces(self, local_size: int, *, rank: int, tp: int) -> list[Piece]:
@@ -46,10 +46,10 @@ class Packing(Protocol):
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         """Elements along the same dimension of each Hugging Face tensor that this one is packed from."""
 
-    def from_hf(self, tensors: Sequence[Tensor], arch: ModelArch) -> Tensor:
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
         """The packed tensor [size, ...] from Hugging Face's."""
 
-    def to_hf(self, tensor: Tensor, arch: ModelArch) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         """The inverse of `from_hf`."""
 
 
@@ -65,11 +65,11 @@ class _InOneRun(ABC):
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         return [self.size(arch)]
 
-    def from_hf(self, tensors: Sequence[Tensor], arch: ModelArch) -> Tensor:
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
         (tensor,) = tensors
         return tensor
 
-    def to_hf(self, tensor: Tensor, arch: ModelArch) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         return [tensor]
 
 
@@ -86,7 +86,7 @@ class Plain(_InOneRun):
     def size(self, arch: ModelArch) -> int:
         return int(getattr(arch, self.axis))
 
-    def keep(self, kept: Kept, arch: ModelArch) -> Tensor | None:
+    def keep(self, kept: Kept, arch: ModelArch) -> "Tensor | None":
         return kept.get(self.axis)
 
 
@@ -106,9 +106,13 @@ class Gated:
     def size(self, arch: ModelArch) -> int:
         return 2 * self._units(arch)
 
-    def keep(self, kept: Kept, arch: ModelArch) -> Tensor | None:
+    def keep(self, kept: Kept, arch: ModelArch) -> "Tensor | None":
         units = kept.get(self.axis)
-        return None if units is None else torch.cat((units, units + self._units(arch)))
+        if units is None:
+            return None
+        import torch
+
+        return torch.cat((units, units + self._units(arch)))
 
     def tensor_parallel_pieces(self, local_size: int, *, rank: int, tp: int) -> list[Piece]:
         """A rank holds [its gate rows; its up rows], which lie apart in the whole tensor."""
@@ -118,10 +122,12 @@ class Gated:
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         return [self._units(arch)] * 2
 
-    def from_hf(self, tensors: Sequence[Tensor], arch: ModelArch) -> Tensor:
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
+        import torch
+
         return torch.cat(list(tensors))
 
-    def to_hf(self, tensor: Tensor, arch: ModelArch) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         return list(tensor.chunk(2))
 
 
@@ -134,7 +140,7 @@ class Heads(_InOneRun):
     def size(self, arch: ModelArch) -> int:
         return arch.query_size
 
-    def keep(self, kept: Kept, arch: ModelArch) -> Tensor | None:
+    def keep(self, kept: Kept, arch: ModelArch) -> "Tensor | None":
         if kept.keys().isdisjoint(self.axes):
             return None
         return _channels(_kept_heads(kept, arch), arch)
@@ -149,9 +155,11 @@ class GroupedQuery(_InOneRun):
     def size(self, arch: ModelArch) -> int:
         return arch.qkv_size
 
-    def keep(self, kept: Kept, arch: ModelArch) -> Tensor | None:
+    def keep(self, kept: Kept, arch: ModelArch) -> "Tensor | None":
         if kept.keys().isdisjoint(self.axes):
             return None
+        import torch
+
         blocks = arch.heads_per_group + 2
         heads, groups = _kept_heads(kept, arch), _kept_groups(kept, arch)
         queries = heads // arch.heads_per_group * blocks + heads % arch.heads_per_group
@@ -162,28 +170,41 @@ class GroupedQuery(_InOneRun):
         key = arch.num_query_groups * arch.kv_channels
         return [arch.query_size, key, key]
 
-    def from_hf(self, tensors: Sequence[Tensor], arch: ModelArch) -> Tensor:
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
+        import torch
+
         rest = tensors[0].shape[1:]
         grouped = [tensor.reshape(arch.num_query_groups, -1, *rest) for tensor in tensors]
         return torch.cat(grouped, dim=1).reshape(arch.qkv_size, *rest)
 
-    def to_hf(self, tensor: Tensor, arch: ModelArch) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         rest = tensor.shape[1:]
         rows = [arch.heads_per_group * arch.kv_channels, arch.kv_channels, arch.kv_channels]
         parts = tensor.reshape(arch.num_query_groups, sum(rows), *rest).split(rows, dim=1)
         return [part.reshape(-1, *rest) for part in parts]
 
 
-def _kept_groups(kept: Kept, arch: ModelArch) -> Tensor:
-    return kept.get("num_query_groups", torch.arange(arch.num_query_groups))
+def _kept_groups(kept: Kept, arch: ModelArch) -> "Tensor":
+    return kept.get("num_query_groups", _range(arch.num_query_groups))
 
 
-def _kept_heads(kept: Kept, arch: ModelArch) -> Tensor:
+def _kept_heads(kept: Kept, arch: ModelArch) -> "Tensor":
     """Kept query heads, counted over the whole source; those of a group that goes go with it."""
-    heads = kept.get("num_attention_heads", torch.arange(arch.num_attention_heads))
+    import torch
+
+    heads = kept.get("num_attention_heads", _range(arch.num_attention_heads))
     return heads[torch.isin(heads // arch.heads_per_group, _kept_groups(kept, arch))]
 
 
-def _channels(blocks: Tensor, arch: ModelArch) -> Tensor:
+def _channels(blocks: "Tensor", arch: ModelArch) -> "Tensor":
     """Elements of blocks of `kv_channels` elements each."""
-    return (blocks[:, None] * arch.kv_channels + torch.arange(arch.kv_channels)).flatten()
+    return (blocks[:, None] * arch.kv_channels + _range(arch.kv_channels)).flatten()
+
+
+# The table of tensors is paper, which dry runs read; torch, which takes seconds to import, comes with the first cut.
+
+
+def _range(size: int) -> "Tensor":
+    import torch
+
+    return torch.arange(size)

@@ -3,7 +3,7 @@
 from minitron_nemo.checkpoint.source import TensorSource
 from minitron_nemo.data.calibration import CalibrationSet
 from minitron_nemo.engine.model import BuildOptions, build_model
-from minitron_nemo.engine.schedule import forward_hidden
+from minitron_nemo.engine.schedule import calls, forward_hidden
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.importance.hooks import listening
 from minitron_nemo.importance.scores import ImportanceScores
@@ -30,8 +30,8 @@ def estimate_importance(
         listening(model, arch=weights.arch, sequence_aggregation=sequence_aggregation, groups=groups) as statistics,
         progress(num_samples, "importance", unit="sample", enabled=groups.is_main) as bar,
     ):
-        for first in share.first_samples(groups.dp_rank):
-            tokens = calibration.tokens[first : first + micro_batch_size].to(groups.device)
-            forward_hidden(model, [{"tokens": tokens}])
-            bar.advance(micro_batch_size * groups.layout.dp)
+        for some in calls(share.first_samples(groups.dp_rank), stages=groups.layout.pp):
+            tokens = [calibration.tokens[first : first + micro_batch_size].to(groups.device) for first in some]
+            forward_hidden(model, [{"tokens": part} for part in tokens])
+            bar.advance(len(some) * micro_batch_size * groups.layout.dp)
     return statistics.finish(batch_aggregation, data_fingerprint=calibration.fingerprint)

@@ -7,6 +7,7 @@ needs.
 import dataclasses
 import time
 
+from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.config.schema import Config
 from minitron_nemo.steps.step import Recipe, logger
 
@@ -19,12 +20,14 @@ def execute(recipe: Recipe, config: Config) -> bool:
 
         print(describe(recipe, config))
         return False
+    recipe.check_machine(config)
     job = dataclasses.replace(recipe.prepare(config), overwrite=config.overwrite)
     if job.is_done:
         logger.info(f"{recipe.name}: {job.output} is done, nothing to do")
         return False
     job.check_output()
     started = time.monotonic()
-    recipe.start(config, job)
+    with writing(job.output):
+        recipe.start(config, job)
     logger.info(f"{recipe.name}: wrote {job.output} in {time.monotonic() - started:.0f} s")
     return True

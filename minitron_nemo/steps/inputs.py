@@ -2,20 +2,34 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minitron_nemo.checkpoint.formats.nemo import NemoFolder, open_nemo
+from minitron_nemo.artefacts.manifest import read_manifest
 from minitron_nemo.config.schema import Config
-from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.distributed.ranks import is_main_process
 from minitron_nemo.errors import UserError
 
+if TYPE_CHECKING:
+    from minitron_nemo.checkpoint.formats.nemo import NemoFolder
 
-def open_verified(path: str | Path | None) -> NemoFolder:
+
+def require(*paths: str | Path | None, kind: str = "model") -> None:
+    """Refuse inputs that are not there: at once, before torch is imported or another input of gigabytes is hashed."""
+    for path in paths:
+        read_manifest(str(path), kind=kind)
+
+
+def open_verified(path: str | Path | None) -> "NemoFolder":
     """An input model with the hash of every file checked, once: by the process that speaks."""
+    require(path)
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo  # brings torch
+
     return open_nemo(str(path), verify=is_main_process())
 
 
-def check_model(config: Config, model: NemoFolder, *, name: str = "model", stages: Sequence[int] | None = None) -> None:
+def check_model(
+    config: Config, model: "NemoFolder", *, name: str = "model", stages: Sequence[int] | None = None
+) -> None:
     """Refuse a layout or a sequence length that the model does not fit, before any rank starts."""
     config.layout.check(model.arch, name=name, stages=stages)
     if config.data.seq_length > model.arch.seq_length:
@@ -25,8 +39,10 @@ def check_model(config: Config, model: NemoFolder, *, name: str = "model", stage
         )
 
 
-def require_same_tokenizer(student: NemoFolder, teacher: NemoFolder) -> None:
+def require_same_tokenizer(student: "NemoFolder", teacher: "NemoFolder") -> None:
     """Refuse two models whose token ids mean different things."""
+    from minitron_nemo.data.tokenizer import load_tokenizer
+
     if student.arch.vocab_size != teacher.arch.vocab_size:
         raise UserError(
             f"{student.path} has a vocabulary of {student.arch.vocab_size}, {teacher.path} one of "

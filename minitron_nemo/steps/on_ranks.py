@@ -2,16 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.config.rules import check_ranks
 from minitron_nemo.config.schema import Config
-from minitron_nemo.distributed.groups import Groups
-from minitron_nemo.distributed.launch import run_on_ranks
-from minitron_nemo.distributed.ranks import Rank, uses_gpu
+from minitron_nemo.distributed.ranks import Rank, uses_gpu, visible_gpus
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import set_up_logging
 from minitron_nemo.steps.describe import shapes
+from minitron_nemo.steps.inputs import require
+from minitron_nemo.steps.rank_log import log_file, logging_to_file
 from minitron_nemo.steps.step import Job, Recipe
+
+if TYPE_CHECKING:
+    from minitron_nemo.distributed.groups import Groups
+
+MODELS = ("checkpoint", "teacher", "reference")  # fields of sections: models that a step takes
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,34 @@ class RankRecipe(Recipe):
             *self.lines(config),
         ]
 
+    def check_machine(self, config: Config) -> None:
+        """Refuse inputs that are not there, and more ranks than there are GPUs, before anything is read."""
+        section = self.section(config)
+        require(*(getattr(section, name) for name in MODELS if hasattr(section, name)))
+        devices = config.trainer.devices
+        if uses_gpu(config.trainer.accelerator.value) and (visible := visible_gpus()) < devices:
+            raise UserError(
+                f"trainer.devices={devices}: {visible} GPU(s) are visible on this node; set trainer.devices={visible}, "
+                "or trainer.accelerator=cpu"
+            )
+
     def start(self, config: Config, job: Job) -> None:
+        from minitron_nemo.distributed.launch import run_on_ranks  # brings torch
+
         gpu = uses_gpu(config.trainer.accelerator.value)
         run_on_ranks(_on_rank, self.run, config, job, num_ranks=config.trainer.devices, gpu=gpu)
 
 
-def _on_rank(rank: Rank, run: Callable[[Config, Job, Groups], None], config: Config, job: Job) -> None:
-    """Check the world that this rank finds itself in, form the groups of the layout and run the step."""
+def _on_rank(rank: Rank, run: "Callable[[Config, Job, Groups], None]", config: Config, job: Job) -> None:
+    """Check the world that this rank finds itself in, form the groups of the layout and run the step; keeps its log."""
+    set_up_logging(is_main=rank.rank == 0)
+    with logging_to_file(log_file(config, job, rank), is_main=rank.rank == 0), writing(job.output):
+        _run(rank, run, config, job)
+
+
+def _run(rank: Rank, run: "Callable[[Config, Job, Groups], None]", config: Config, job: Job) -> None:
     from minitron_nemo.engine.groups import form_groups
 
-    set_up_logging(is_main=rank.rank == 0)
     layout = config.layout
     if rank.world_size != layout.world_size:
         raise UserError(

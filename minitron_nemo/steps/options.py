@@ -5,6 +5,7 @@ import torch
 from minitron_nemo.config.schema import Config, Precision
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import BuildOptions
+from minitron_nemo.errors import UserError
 from minitron_nemo.steps.settings import precision_of
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
@@ -12,10 +13,15 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
 def build_options(config: Config, groups: Groups, *, stages: list[int] | None = None) -> BuildOptions:
     """How models are built on this rank under this config; `stages` is the model's pipeline split."""
+    parallel, on_gpu = config.parallel, groups.device.type == "cuda"
+    if parallel.gradient_accumulation_fusion and not on_gpu:
+        raise UserError("parallel.gradient_accumulation_fusion=true: needs a GPU; leave it false on the CPU")
     return BuildOptions(
         groups=groups,
         dtype=DTYPES[precision_of(config)],
-        recompute_activations=config.parallel.recompute_activations,
-        distributed_optimizer=config.parallel.use_distributed_optimizer,
+        recompute_activations=parallel.recompute_activations,
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         stage_layers=stages,
     )

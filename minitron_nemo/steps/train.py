@@ -10,6 +10,7 @@ from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.datasets import batches_on, build_datasets
 from minitron_nemo.engine.model import BuildOptions, build_model, engine_choice
 from minitron_nemo.engine.weights import load_weights
+from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
 from minitron_nemo.training.loop import TrainingRun, train
 from minitron_nemo.training.objectives import Objective
@@ -29,6 +30,7 @@ def train_model(
     run_dir: Path,
     origin: Origin,
     log_every_n_steps: int = 10,
+    warn_after_seconds: float = 300,
 ) -> None:
     """Load a model, train it with the objective and publish the result as the `.nemo` `output`; on all ranks.
 
@@ -36,7 +38,6 @@ def train_model(
     checkpoint.
     """
     groups, arch, name = options.groups, source.arch, output.name.removesuffix(".nemo")
-    logger.info(engine_choice(groups.device, options.dtype))
     model = build_model(arch, options)
     load_weights(model, source.weights, groups)
     train_data, valid_data = build_datasets(
@@ -47,31 +48,43 @@ def train_model(
     assert train_data is not None
     assert valid_data is not None
     state = TrainState.start(
-        model, training.optim, max_steps=training.max_steps, distributed_optimizer=options.distributed_optimizer
+        model,
+        training.optim,
+        max_steps=training.max_steps,
+        distributed_optimizer=options.distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
     )
-    checkpoints = CheckpointFolder(
-        run_dir / "checkpoints" / name,
-        origin.fingerprint,
-        arch,
-        groups,
-        layout=layout_in_words(options),
-        keep=training.keep_latest_k,
-    )
+    logger.info(engine_choice(groups.device, options.dtype, state.optimizer))
     run = TrainingRun(
         name=name,
         config=training,
         groups=groups,
-        checkpoints=checkpoints,
+        checkpoints=_checkpoints(run_dir / "checkpoints" / name, arch, options, training=training, origin=origin),
         logs=run_dir / "logs" / name,
         train_batch=batches_on(groups.device, train_data),
         valid_batch=batches_on(groups.device, valid_data),
         seq_length=blend.seq_length,
         flops_per_token=objective.flops_per_token(arch, blend.seq_length),
         log_every_n_steps=log_every_n_steps,
+        warn_after_seconds=warn_after_seconds,
     )
     train(run, state, objective)
     tokens = state.position.consumed_tokens
     save_model(output, state.model, arch, groups, tokenizer=source.tokenizer, tokens=tokens, origin=origin)
+
+
+def _checkpoints(
+    folder: Path, arch: ModelArch, options: BuildOptions, *, training: TrainingConfig, origin: Origin
+) -> CheckpointFolder:
+    return CheckpointFolder(
+        folder,
+        origin.fingerprint,
+        arch,
+        options.groups,
+        layout=layout_in_words(options),
+        keep=training.keep_latest_k,
+        optimizer_copies=1 if options.distributed_optimizer else options.groups.layout.dp,
+    )
 
 
 def layout_in_words(options: BuildOptions) -> str:

@@ -9,14 +9,16 @@ model is published the same way, without the optimizer.
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artefacts.manifest import read_manifest, verify_files
+from minitron_nemo.artefacts.disk import writing
+from minitron_nemo.artefacts.lock import locked
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, file_sha256, read_manifest, verify_files
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.artefacts.publishing import begin
+from minitron_nemo.artefacts.publishing import check_free_space, publishing
 from minitron_nemo.checkpoint.formats.nemo import KIND as MODEL
 from minitron_nemo.checkpoint.formats.nemo import WEIGHTS, describe_folder, model_facts
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights
@@ -43,12 +45,38 @@ class CheckpointFolder:
     groups: Groups
     layout: str  # under another one the files of the ranks would not fit
     keep: int = 2
+    optimizer_copies: int = 1  # data-parallel ranks share the optimizer's state, or each has (and writes) a copy
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from this folder while the block runs; on rank 0, which finds out for all."""
+        with ExitStack() as stack:
+            if self.groups.is_main:
+                with writing(self.path):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self.path))
+            yield
+
+    def check_space(self, saves_left: int) -> None:
+        """Refuse to start where the disk cannot hold the checkpoints that will lie there at the same time."""
+        if self.groups.is_main and saves_left:
+            there = len(self.steps())
+            most = min(self.keep + 1, there + saves_left)  # a new one is whole before the oldest goes
+            check_free_space(self.path, max(most - there, 1) * self._size())
+
+    def _size(self) -> int:
+        """Bytes of a checkpoint: weights of at most float32, float32 main weights and Adam's two moments."""
+        return self.arch.num_params() * 4 * (1 + 3 * self.optimizer_copies)
 
     def save(self, state: TrainState) -> None:
         """Publish `step_XXXXXXXX`, then drop the oldest beyond `keep`. Collective."""
         position = state.position
+        target = self.path / f"step_{position.step:08d}"
+        if self.groups.is_main and target.is_dir() and not (target / MANIFEST_FILE).exists():
+            logger.warning(f"{target}: no {MANIFEST_FILE}, so no whole checkpoint; made again")
+            shutil.rmtree(target)
         with _publishing_weights(
-            self.path / f"step_{position.step:08d}",
+            target,
             state.model,
             self.arch,
             self.groups,
@@ -56,8 +84,11 @@ class CheckpointFolder:
             origin=Origin(self.fingerprint, overwrite=True),
             tokens=position.consumed_tokens,
             extra={"layout": self.layout, "position": vars(position)},
-        ) as folder:
-            write_optimizer(folder / f"optimizer_{self.groups.rank:05d}.safetensors", state)
+            needed=self._size(),
+        ) as (folder, hashes):
+            name = f"optimizer_{self.groups.rank:05d}.safetensors"
+            write_optimizer(folder / name, state)
+            hashes[name] = file_sha256(folder / name)
         if self.groups.is_main:
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(old)
@@ -116,7 +147,10 @@ def save_model(
     """Publish a trained model as a `.nemo` folder from all ranks. Collective."""
     dtype = next(unwrap(model).parameters()).dtype
     facts = model_facts(arch, dtype)
-    with _publishing_weights(path, model, arch, groups, kind=MODEL, origin=origin, tokens=tokens, extra=facts) as temp:
+    size = arch.num_params() * dtype.itemsize
+    with _publishing_weights(
+        path, model, arch, groups, kind=MODEL, origin=origin, tokens=tokens, extra=facts, needed=size
+    ) as (temp, _):
         if groups.is_main:
             describe_folder(temp, arch, dtype=dtype, tokenizer=tokenizer)
 
@@ -132,16 +166,28 @@ def _publishing_weights(
     origin: Origin,
     tokens: int,
     extra: Mapping[str, Any],
-) -> Iterator[Path]:
-    """A folder known to all ranks, for them to fill; the weights of the model join it and rank 0 publishes it."""
-    draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra) if groups.is_main else None
-    folder = Path(groups.share_json(str(draft.folder) if draft else None)[0])
-    yield folder
-    if draft:
-        (folder / WEIGHTS).mkdir()
-    groups.barrier()
-    hashes = write_weights(folder / WEIGHTS, unwrap(model), arch, groups)
-    if draft:
-        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
-        draft.finish()
+    needed: int,
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder known to all ranks, for them to fill; the weights of the model join it and rank 0 publishes it.
+
+    The mapping takes the SHA-256 of what this rank wrote, so that rank 0 does not read the files of all.
+    """
+    with ExitStack() as stack:
+        draft = None
+        if groups.is_main:
+            draft = stack.enter_context(
+                publishing(target, kind=kind, origin=origin, tokens=tokens, extra=extra, needed=needed)
+            )
+        folder = Path(groups.share_json(str(draft.folder) if draft else None)[0])
+        stack.enter_context(writing(target, needed=needed))
+        own: dict[str, str] = {}
+        yield folder, own
+        if draft:
+            (folder / WEIGHTS).mkdir()
+        written = groups.share_json(own)
+        hashes = write_weights(folder / WEIGHTS, unwrap(model), arch, groups)
+        if draft:
+            for part in written:
+                draft.hashes.update(part)
+            draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
     groups.barrier()

@@ -4,7 +4,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import torch
 
 from minitron_nemo.config.schema import TrainingConfig
 from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.stopping import finishing
 from minitron_nemo.engine.schedule import Batch, GetBatch
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import StoppedError, UserError
 from minitron_nemo.losses.output import LOSS, TOKENS
-from minitron_nemo.progress import progress
+from minitron_nemo.progress import ProgressReporter, progress
 from minitron_nemo.training.checkpoints import CheckpointFolder
-from minitron_nemo.training.metrics import MetricsWriter, peak_flops
+from minitron_nemo.training.metrics import MetricsWriter, in_words, peak_flops
 from minitron_nemo.training.objectives import Objective, batch_sums, means
 from minitron_nemo.training.state import Position, TrainState
+from minitron_nemo.training.watch import watching
 
 logger = logging.getLogger(__name__)
 
@@ -38,34 +41,89 @@ class TrainingRun:
     seq_length: int
     flops_per_token: float  # of a training step, teacher included
     log_every_n_steps: int = 10
+    warn_after_seconds: float = 300
 
 
 def train(run: TrainingRun, state: TrainState, objective: Objective) -> None:
-    """Train to `max_steps`, resuming where a stopped run was."""
-    config, groups = run.config, run.groups
-    run.checkpoints.resume(state)
-    position = state.position
-    metrics = MetricsWriter(run.logs, resumed_step=position.step, enabled=groups.is_main)
+    """Train to `max_steps`, resuming where a stopped run was.
+
+    Raises StoppedError when it was asked to stop, after the step that it was in is saved.
+    """
+    with run.checkpoints.locked():
+        run.checkpoints.resume(state)
+        run.checkpoints.check_space(_saves_left(run, state.position.step))
+        position = state.position
+        metrics = MetricsWriter(run.logs, resumed_step=position.step, enabled=run.groups.is_main)
+        tokens_per_step = run.config.global_batch_size * run.seq_length
+        steps = progress(
+            run.config.max_steps,
+            run.name,
+            of=(tokens_per_step, "token"),
+            done=position.step,
+            enabled=run.groups.is_main,
+        )
+        _say_warmup(run)
+        with (
+            finishing() as asked,
+            closing(metrics),
+            watching(lambda: position.step, groups=run.groups, seconds=run.warn_after_seconds),
+            steps as bar,
+        ):
+            _train(run, state, objective, metrics=metrics, bar=bar, asked=asked)
+
+
+def _train(
+    run: TrainingRun,
+    state: TrainState,
+    objective: Objective,
+    *,
+    metrics: MetricsWriter,
+    bar: ProgressReporter,
+    asked: Callable[[], bool],
+) -> None:
+    """The steps from the state's position on: train, log, validate, save, stop when `asked`."""
+    config, position = run.config, state.position
     tokens_per_step = config.global_batch_size * run.seq_length
-    total, done = config.max_steps * tokens_per_step, position.step * tokens_per_step
     seconds: list[float] = []  # of the steps since the last record
-    with progress(total, run.name, unit="token", done=done, enabled=groups.is_main) as bar:
-        while position.step < config.max_steps:
-            started = time.monotonic()
-            record = train_step(run, state, objective)
-            seconds.append(time.monotonic() - started)
-            bar.advance(tokens_per_step, loss=record[LOSS])
-            is_last = position.step == config.max_steps
-            if is_last or _is_due(position.step, run.log_every_n_steps):
-                speed = _speed(len(seconds) * tokens_per_step / sum(seconds), run)
-                metrics.write(step=position.step, **record, **speed)
-                seconds.clear()
-            if config.val_check_interval and (is_last or _is_due(position.step, config.val_check_interval)):
-                losses = {f"val_{name}": value for name, value in validate(run, state, objective).items()}
-                metrics.write(step=position.step, consumed_tokens=position.consumed_tokens, **losses)
-            if _is_due(position.step, config.save_every_n_steps) and not is_last:
-                run.checkpoints.save(state)
-    metrics.close()
+    saved = time.monotonic()
+    while position.step < config.max_steps:
+        started = time.monotonic()
+        record = train_step(run, state, objective)
+        seconds.append(time.monotonic() - started)
+        bar.advance(loss=record[LOSS])
+        is_last = position.step == config.max_steps
+        if is_last or _is_due(position.step, run.log_every_n_steps):
+            speed = _speed(len(seconds) * tokens_per_step / sum(seconds), run)
+            metrics.write(step=position.step, **record, **speed)
+            seconds.clear()
+        if config.val_check_interval and (is_last or _is_due(position.step, config.val_check_interval)):
+            validation = validate(run, state, objective)
+            logger.info(f"{run.name}: step {position.step}: validation {in_words(validation)}")
+            losses = {f"val_{name}": value for name, value in validation.items()}
+            metrics.write(step=position.step, consumed_tokens=position.consumed_tokens, **losses)
+        late = run.groups.is_main and 0 < config.save_every_n_minutes * 60 <= time.monotonic() - saved
+        stop, late = run.groups.any_rank(asked(), late)
+        if stop or (late or _is_due(position.step, config.save_every_n_steps)) and not is_last:
+            run.checkpoints.save(state)
+            saved = time.monotonic()
+        if stop:
+            raise StoppedError(f"{run.name} at step {position.step} of {config.max_steps}, saved as asked")
+
+
+def _say_warmup(run: TrainingRun) -> None:
+    optim, max_steps = run.config.optim, run.config.max_steps
+    if run.groups.is_main and (warmup := optim.warmup_in(max_steps)) < optim.warmup_steps:
+        logger.warning(
+            f"{run.name}: optim.warmup_steps={optim.warmup_steps} is cut to {warmup}: the run has {max_steps} steps"
+        )
+
+
+def _saves_left(run: TrainingRun, step: int) -> int:
+    """How many training checkpoints are to come at most, those by time counted as one."""
+    config = run.config
+    by_steps = (config.max_steps - 1) // config.save_every_n_steps if config.save_every_n_steps else 0
+    before = step // config.save_every_n_steps if config.save_every_n_steps else 0
+    return max(0, by_steps - before) + (config.save_every_n_minutes > 0)
 
 
 def train_step(run: TrainingRun, state: TrainState, objective: Objective) -> dict[str, float]:

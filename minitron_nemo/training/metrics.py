@@ -1,14 +1,22 @@
 """Training metrics: one flat record per logged step, to `metrics.jsonl` and TensorBoard."""
 
 import json
-import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-logger = logging.getLogger(__name__)
+from minitron_nemo.artefacts.disk import writing
+from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOP1_AGREEMENT
+
+# How a person reads a metric, and its format; one without a line here goes by its own name.
+IN_WORDS = {
+    CROSS_ENTROPY: ("cross-entropy", ".4f"),
+    FORWARD_KL: ("forward KL", ".4f"),
+    TOP1_AGREEMENT: ("top-1 agreement", ".1%"),
+}
 
 # Dense bf16 peak, FLOP/s (vendor data sheets); models not listed get no share of peak.
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -22,6 +30,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
+def in_words(means: Mapping[str, float]) -> str:
+    """`cross-entropy 4.1300, forward KL 0.0680, top-1 agreement 82.4%`; without the loss, which is a mix of them."""
+    named = {name: IN_WORDS.get(name, (name.replace("_", " "), ".4g")) for name in means if name != LOSS}
+    return ", ".join(f"{words} {means[name]:{form}}" for name, (words, form) in named.items())
+
+
 class MetricsWriter:
     """Appends records to `metrics.jsonl`; a resumed run first drops the records after its step."""
 
@@ -29,8 +43,12 @@ class MetricsWriter:
         self.enabled = enabled
         if not enabled:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
+        with writing(self.path):
+            self._open(folder, resumed_step)
+
+    def _open(self, folder: Path, resumed_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step] if resumed_step else []
         if not resumed_step:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -44,7 +62,7 @@ class MetricsWriter:
     def write(self, *, step: int, **values: float) -> None:
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)

@@ -21,6 +21,10 @@ class Objective(Protocol):
     def sum_names(self) -> tuple[str, ...]:
         """The names of the sums in every `LossOutput` of it."""
 
+    @property
+    def window(self) -> int:
+        """Micro-batches whose contexts are made, and wait, at a time; 0: all of a call."""
+
     def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
         """FLOPs of a training step on a token of a model of this shape, the teacher's included."""
 
@@ -36,6 +40,8 @@ class Objective(Protocol):
 
 class LanguageModelObjective:
     """Cross-entropy with the next token: pre-training, teacher correction and the no-distillation baseline."""
+
+    window = 0  # its contexts are nothing
 
     def __init__(self, head: HeadLoss) -> None:
         self.head = head
@@ -53,11 +59,16 @@ class LanguageModelObjective:
 
 
 class DistillationObjective:
-    """Forward KL from the teacher's distribution to the student's, mixed with cross-entropy when asked."""
+    """Forward KL from the teacher's distribution to the student's, mixed with cross-entropy when asked.
 
-    def __init__(self, head: HeadLoss, teacher: Teacher) -> None:
+    `window` bounds how many micro-batches' teacher states wait on the last stage of a pipeline (0: all); without a
+    pipeline the teacher runs just before each micro-batch.
+    """
+
+    def __init__(self, head: HeadLoss, teacher: Teacher, *, window: int = 0) -> None:
         self.head = head
         self.teacher = teacher
+        self.window = window if teacher.groups.pp is not None else 0
         self.sum_names = head.sum_names(with_teacher=True)
 
     def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
@@ -88,8 +99,9 @@ def batch_sums(
 
     `batches` are this data-parallel rank's micro-batches of it.
     """
-    contexts = objective.contexts(batches)
-    sums = run_schedule(model, batches, contexts=contexts, loss=objective.loss, train=train)
+    sums = run_schedule(
+        model, batches, contexts=objective.contexts, loss=objective.loss, train=train, window=objective.window
+    )
     return groups.sum_over_batch(sums, objective.sum_names)
 
 

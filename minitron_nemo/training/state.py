@@ -34,10 +34,18 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, model: HeadlessGPT, optim: OptimConfig, *, max_steps: int, distributed_optimizer: bool
+        cls,
+        model: HeadlessGPT,
+        optim: OptimConfig,
+        *,
+        max_steps: int,
+        distributed_optimizer: bool,
+        overlap_grad_reduce: bool = False,
     ) -> "TrainState":
         """The state before the first step of a model whose weights are loaded."""
-        wrapped = wrap_data_parallel(model, distributed_optimizer=distributed_optimizer)
+        wrapped = wrap_data_parallel(
+            model, distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap_grad_reduce
+        )
         optimizer = build_optimizer(wrapped, optim, distributed_optimizer=distributed_optimizer)
         return cls(wrapped, optimizer, build_schedule(optimizer, optim, max_steps=max_steps))
 

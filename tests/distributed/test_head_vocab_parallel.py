@@ -113,3 +113,27 @@ def test_vocabulary_parallel_loss_is_exact(ranks):
         assert all(values == answer["values"][0] for values in answer["values"]), f"{case}: ranks differ in some bit"
         chunks = math.ceil(TOKENS / case[3])
         assert answer["collectives"] == [chunks] * ranks, f"{case}: one collective for each of {chunks} chunks"
+
+
+def near_teacher() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, and the heads of a student and of a teacher that often agree with each other."""
+    p = problem()
+    return p["x"], p["w"], p["w"] + 0.6 * torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(8))
+
+
+def sums_of_near_teacher(groups: Groups) -> dict[str, float]:
+    x, w, tw = near_teacher()
+    head = HeadLoss(vocab_size=VOCAB, chunk_tokens=7, group=groups.tp)
+    teacher = (x, rows_of_rank(tw, groups))
+    ones, labels = torch.ones(TOKENS), problem()["labels"]
+    output = head((x, rows_of_rank(w, groups)), teacher, labels_N=labels, mask_N=ones)
+    return {name: float(value) for name, value in output.sums.items()}
+
+
+@pytest.mark.parametrize("ranks", ROWS)
+def test_the_most_likely_token_is_that_of_the_whole_vocabulary(ranks):
+    x, w, tw = near_teacher()
+    best, wanted = ((x.double() @ rows.double().T).argmax(dim=1) for rows in (w, tw))
+    agreed, high = best == wanted, best >= ROWS[ranks]
+    assert min(int((agreed & high).sum()), int((agreed & ~high).sum()), int((~agreed).sum())) > 1, "each case occurs"
+    assert run_layout(sums_of_near_teacher, Layout(tp=ranks))["top1_agreement"] == int(agreed.sum())

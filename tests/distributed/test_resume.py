@@ -4,17 +4,20 @@ import dataclasses
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from layouts import ORIGIN, assert_same_weights, load_model, samples
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.config.schema import OptimConfig, TrainingConfig
+from minitron_nemo.distributed import stopping
 from minitron_nemo.engine.model import BuildOptions
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import StoppedError, UserError
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.steps.train import layout_in_words
 from minitron_nemo.testing import ALONE, LAYOUTS, LLAMA, random_nemo, run_layout
+from minitron_nemo.training import loop
 from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
 from minitron_nemo.training.loop import TrainingRun, train
 from minitron_nemo.training.objectives import LanguageModelObjective
@@ -33,7 +36,7 @@ class PowerCutError(Exception):
     """What stops a run half-way through a step."""
 
 
-def run_training(groups, path, folder, *, stop_in=None):
+def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CONFIG):
     """Train `path` in `folder`, which a former run may have left unfinished; returns the log's lines on rank 0."""
     lines = []
     handler = logging.Handler()
@@ -52,13 +55,17 @@ def run_training(groups, path, folder, *, stop_in=None):
         layout=layout_in_words(BuildOptions(groups=groups)), keep=CONFIG.keep_latest_k,
     )  # fmt: skip
 
+    is_last_rank = groups.rank == groups.layout.world_size - 1
+
     def train_batch(first, count):
         if stop_in is not None and first >= (stop_in - 1) * CONFIG.global_batch_size:
             raise PowerCutError
+        if asked_in is not None and first >= (asked_in - 1) * CONFIG.global_batch_size and is_last_rank:
+            stopping._requests.stop()
         return samples(arch, first=first, count=count, seq_length=SEQ_LENGTH)
 
     run = TrainingRun(
-        name="model", config=CONFIG, groups=groups,
+        name="model", config=config, groups=groups,
         checkpoints=checkpoints, logs=folder / "logs", train_batch=train_batch,
         valid_batch=lambda first, count: samples(arch, first=9000 + first, count=count, seq_length=SEQ_LENGTH),
         seq_length=SEQ_LENGTH, flops_per_token=1.0, log_every_n_steps=1,
@@ -66,12 +73,28 @@ def run_training(groups, path, folder, *, stop_in=None):
     head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, group=groups.tp)
     try:
         train(run, state, LanguageModelObjective(head))
+    except StoppedError as stop:
+        return [*lines, str(stop)]
     except PowerCutError:
         groups.barrier()
         return [*lines, "stopped"]
     save_model(folder / "trained.nemo", state.model, arch, groups, tokenizer=folder / "none",
                tokens=state.position.consumed_tokens, origin=ORIGIN)  # fmt: skip
     return lines
+
+
+def run_training_asked(groups, path, folder, asked_in):
+    return run_training(groups, path, folder, asked_in=asked_in)
+
+
+def run_training_by_the_clock(groups, path, folder):
+    """Rank 0's clock goes on by 37.5 seconds in a step, in which it is read three times; the others' hardly does."""
+    readings = iter(range(10**6))
+    if groups.is_main:
+        loop.time = SimpleNamespace(monotonic=lambda: 12.5 * next(readings))
+    return run_training(
+        groups, path, folder, config=dataclasses.replace(CONFIG, save_every_n_steps=0, save_every_n_minutes=1)
+    )
 
 
 def run_training_until(groups, path, folder, stop_in):
@@ -113,6 +136,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(layout, model, tmp_path):
     assert any("step_00000004" in line and "trying an older checkpoint" in line for line in lines), lines
     assert any(line.startswith("resumed from") and line.endswith("step_00000002") for line in lines), lines
     check_equal(damaged, whole)
+
+
+@pytest.mark.parametrize(("layout", "asked_in"), [("alone", 3), ("tp2_sp", 7), ("pp2", 3)])
+def test_a_run_asked_to_stop_on_one_rank_saves_its_step_and_goes_on_as_if_it_had_not(layout, asked_in, model, tmp_path):
+    """In a step that validates and saves nothing, and in the last."""
+    degrees = {"alone": ALONE, **LAYOUTS}[layout]
+    whole, stopped = new_run(tmp_path / "whole"), new_run(tmp_path / "stopped")
+    run_layout(run_training, degrees, model, whole)
+    last = run_layout(run_training_asked, degrees, model, stopped, asked_in)[-1]
+    assert last == f"model at step {asked_in} of 7, saved as asked"
+    assert (stopped / "checkpoints" / f"step_{asked_in:08d}" / "manifest.json").is_file()
+    assert not (stopped / "trained.nemo").exists()
+    run_layout(run_training, degrees, model, stopped)
+    check_equal(stopped, whole)
+
+
+def test_checkpoints_by_time_follow_the_clock_of_rank_0(model, tmp_path):
+    folder = new_run(tmp_path / "run")
+    run_layout(run_training_by_the_clock, LAYOUTS["dp2"], model, folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+
+
+def test_a_step_folder_without_manifest_does_not_stop_the_run_that_reaches_it(model, tmp_path):
+    folder = new_run(tmp_path / "run")
+    left = folder / "checkpoints" / "step_00000004"
+    left.mkdir(parents=True)
+    (left / "optimizer_00000.safetensors").write_bytes(b"half of it")
+    lines = run_layout(run_training, ALONE, model, folder)
+    assert any(f"{left}: no manifest.json" in line for line in lines), lines
+    assert (left / "manifest.json").is_file()
+    assert (folder / "trained.nemo").is_dir()
 
 
 def check_equal(ours, theirs):

@@ -1,5 +1,6 @@
 """The whole chain: killed half-way, run again to its end, run once more with nothing left to do."""
 
+import contextlib
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ def command_line(config_dir: Path) -> list[str]:
 
 
 def kill_when(there: str, *, run_dir: Path, config_dir: Path) -> None:
-    """Start the pipeline as a user would and kill it with all its ranks as soon as a file matches `there`."""
+    """Start the pipeline as a user would and kill it, and not its ranks, as soon as a file matches `there`."""
     command = [sys.executable, "recipes/pipeline.py", *command_line(config_dir)]
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
@@ -42,9 +43,11 @@ def kill_when(there: str, *, run_dir: Path, config_dir: Path) -> None:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, f"no {there} after {PATIENCE} s"
             time.sleep(0.02)
+        process.kill()
+        process.communicate(timeout=10)  # the ranks hold the other end of the pipe until they end too
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,17 @@ def test_training_went_on_after_the_kill_without_a_gap(chain):
     ]
     assert [record["step"] for record in records if "cross_entropy" in record] == [1, 2, 3, 4]
     assert [record["consumed_tokens"] for record in records if "cross_entropy" in record] == [128, 256, 384, 512]
+
+
+def test_every_rank_has_a_log_in_the_run_folder(chain):
+    run_dir, _ = chain
+    for model in ("pretrained", "corrected_teacher", "importance", "width_student", "depth_student"):
+        main, other = (run_dir / "logs" / model / f"rank_{rank:05d}.log" for rank in (0, 1))
+        assert main.stat().st_size > 0
+        assert other.is_file()
+    log = (run_dir / "logs" / "pretrained" / "rank_00001.log").read_text()
+    assert "resumed from" in log, "what only rank 0 says on standard error, every rank says in its log"
+    assert "torch AdamW" in (run_dir / "logs" / "width_student" / "rank_00000.log").read_text()
 
 
 def test_shapes_are_those_asked_for(chain):

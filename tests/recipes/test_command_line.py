@@ -48,12 +48,25 @@ def place(tmp_path_factory):
     shutil.copytree(run / "teacher.nemo", run / "damaged.nemo")
     (shard,) = (run / "damaged.nemo" / "model_weights").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-100])
+    shutil.copytree(run / "importance", run / "doubtful_importance")
+    scores = run / "doubtful_importance" / "scores.safetensors"
+    raw = bytearray(scores.read_bytes())
+    raw[-3] ^= 1  # of the mantissa of a score
+    scores.write_bytes(raw)
     (folder / "notes").mkdir()
+    for name, damage in (("no", None), ("half", 0.5), ("other", '{"model": {"type": "BPE"}}')):
+        copy = shutil.copytree(run / "wide_hf", folder / "notes" / f"{name}_tokenizer")
+        text = (copy / "tokenizer.json").read_text()
+        (copy / "tokenizer.json").unlink()
+        if damage is not None:
+            text = damage if isinstance(damage, str) else text[: int(len(text) * damage)]
+            (copy / "tokenizer.json").write_text(text)
     (folder / "notes" / "precious.txt").write_text("not yours")
     (folder / "notes" / "precious.json").write_text("{}")
     return folder
 
 
+WIDE = ["model.hidden_size=48", "model.ffn_hidden_size=72", "import_hf.output={}/new.nemo"]
 # recipe, overrides ({} is the run folder, {notes} a folder of something else), what the line must say
 BAD_INPUT = [
     # keys and values
@@ -98,11 +111,14 @@ BAD_INPUT = [
     ("distill", ["distill.checkpoint={notes}"], "is not a .nemo model folder"),
     ("distill", ["distill.teacher={}/nowhere.nemo"], "no such folder"),
     ("correct_teacher", ["correct_teacher.checkpoint={}/damaged.nemo"], "bytes"),
-    ("estimate_importance", ["estimate_importance.checkpoint={}/data"], "is not a .nemo model folder"),
+    ("estimate_importance", ["estimate_importance.checkpoint={}/data"], "is a data artefact; a model"),
     ("evaluate", ["evaluate.checkpoint={notes}"], "is not a .nemo model folder"),
     ("export_hf", ["export_hf.checkpoint={notes}"], "is not a .nemo model folder"),
     ("import_hf", ["import_hf.source={notes}"], "is not a Hugging Face model folder"),
     ("import_hf", ["import_hf.source=nowhere"], "no such folder"),
+    ("import_hf", [*WIDE, "import_hf.source={notes}/no_tokenizer"], "no tokenizer.json"),
+    ("import_hf", [*WIDE, "import_hf.source={notes}/half_tokenizer"], "tokenizer.json: not JSON"),
+    ("import_hf", [*WIDE, "import_hf.source={notes}/other_tokenizer"], "tokenizers library cannot open it"),
     ("import_hf", ["import_hf.source={}/wide_hf"],
      "hidden_size=48, ffn_hidden_size=72; the config's model has hidden_size=32, ffn_hidden_size=64"),
     # outputs that belong to something else
@@ -114,6 +130,12 @@ BAD_INPUT = [
     ("evaluate", ["evaluate.checkpoint={}/teacher.nemo", "evaluate.output={notes}/precious.json", "overwrite=true"],
      "never overwritten"),
     ("random_init", ["random_init.output={}/teacher.nemo", "seed=2"], "made by another configuration"),
+    ("prune", ["prune.importance={}/doubtful_importance", "prune.output={}/new.nemo"], "damaged: its SHA-256"),
+    ("distill", ["distill.output={}/corrected_teacher.nemo", "overwrite=true"], "which this step reads"),
+    ("prune", ["prune.output={}/corrected_teacher.nemo", "overwrite=true"], "which this step reads"),
+    ("prune", ["prune.output={}/importance", "overwrite=true"], "which this step reads"),
+    ("correct_teacher", ["correct_teacher.output={}/data", "overwrite=true"], "is a data artefact"),
+    ("random_init", ["random_init.output={}/tokenizer", "overwrite=true"], "which this step reads"),
     ("report", [], "eval"),
 ]  # fmt: skip
 

@@ -1,6 +1,8 @@
+import itertools
 import json
 import multiprocessing
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +82,7 @@ def test_samples_have_the_right_shapes_and_labels_are_one_token_ahead(build):
 def test_samples_are_those_of_megatrons_own_builder(build, world, tmp_path, blend):
     prepared, tokenizer = world
     train, valid = build(weights=blend, num_train=200, num_valid=20)
-    config = _megatron_config(blend_of(prepared, tokenizer, tmp_path / "cache"))
+    config = _megatron_config(blend_of(prepared, tokenizer, tmp_path / "cache"), seed=5)
     config.path_to_cache = str(tmp_path / "theirs")
     names = sorted(blend)
     weights = [blend[name] for name in names] if len(names) > 1 else None
@@ -109,6 +111,15 @@ def test_the_seed_and_the_weights_decide_but_the_order_of_the_blend_does_not(bui
     assert not equal(first, all_samples(build(seed=6)[0], 40))
     assert not equal(first, all_samples(build(weights={"web": 1.0, "code": 3.0})[0], 40))
     assert equal(first, all_samples(build(weights={"code": 2.0, "web": 6.0})[0], 40))
+
+
+def test_each_purpose_has_its_own_order_of_training_samples_and_all_the_same_held_out_ones(build):
+    drawn = {purpose: build(purpose=purpose) for purpose in ("", "correct_teacher", "distill", "calibration")}
+    trains = [all_samples(train, 40)["tokens"] for train, _ in drawn.values()]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(trains, 2))
+    valids = [all_samples(valid, 8) for _, valid in drawn.values()]
+    assert all(equal(valids[0], valid) for valid in valids)
+    assert torch.equal(all_samples(build(purpose="distill")[0], 40)["tokens"], trains[2])
 
 
 def test_weights_are_the_shares_of_the_samples(build, world):
@@ -183,6 +194,45 @@ def test_a_pickle_planted_in_the_cache_is_not_opened(build, tmp_path):
     assert planted
     assert equal(first, all_samples(build()[0], 40))
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("pattern", ["*document_index.npy", "*sample_index.npy", "*shuffle_index.npy", "hashes.json"])
+@pytest.mark.parametrize("damage", ["empty", "half", "flip", "zeros", "other shape", "gone", "folder"])
+def test_damaged_indices_are_built_again(build, tmp_path, pattern, damage):
+    first = all_samples(build()[0], 40)
+    found = list((tmp_path / "cache").rglob(pattern))
+    assert found
+    for path in found:
+        raw = path.read_bytes()
+        if damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "half":
+            path.write_bytes(raw[: len(raw) // 2])
+        elif damage == "flip":
+            path.write_bytes(raw[:-2] + bytes([raw[-2] ^ 64]) + raw[-1:])
+        elif damage == "zeros":
+            path.write_bytes(bytes(len(raw)))
+        elif damage == "other shape":
+            with path.open("wb") as file:
+                np.save(file, np.zeros((3, 5), dtype=np.float32))
+        else:
+            path.unlink()
+            if damage == "folder":
+                path.mkdir()
+    for _ in range(2):
+        assert equal(first, all_samples(build()[0], 40))
+
+
+@pytest.mark.parametrize("instead", ["file", "link"])
+def test_something_else_in_the_place_of_the_indices_is_replaced(build, tmp_path, instead):
+    first = all_samples(build()[0], 40)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("kept")
+    for folder in [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
+        folder.write_text("") if instead == "file" else folder.symlink_to(tmp_path / "elsewhere")
+    assert equal(first, all_samples(build()[0], 40))
+    assert (tmp_path / "elsewhere" / "mine").read_text() == "kept"
 
 
 def test_an_interrupted_cache_is_not_taken_for_a_whole_one(build, monkeypatch, tmp_path):

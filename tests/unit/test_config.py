@@ -25,8 +25,9 @@ SOURCE = ModelArch(
 )  # fmt: skip
 # What 0 means something in; every other number begins above it.
 MAY_BE_ZERO = {
-    "seed", "min_lr", "warmup_steps", "weight_decay", "betas", "gradient_clip_val", "val_check_interval",
-    "save_every_n_steps", "init_method_std", "kl_weight", "cross_entropy_weight",
+    "seed", "teacher_window", "min_lr", "warmup_steps", "weight_decay", "betas", "gradient_clip_val",
+    "val_check_interval", "save_every_n_minutes", "save_every_n_steps", "init_method_std", "kl_weight",
+    "cross_entropy_weight",
 }  # fmt: skip
 VALUES = {
     "wrong type": "certainly not",
@@ -92,7 +93,7 @@ def test_no_setting_takes_what_it_cannot_mean(schema, field):
     for kind, value in VALUES.items():
         started = time.monotonic()
         taken = value_after(schema, field.name, value)
-        assert time.monotonic() - started < 1, kind
+        assert time.monotonic() - started < 30, f"{kind}: a hang, or near one"
         if isinstance(taken, Exception):
             if isinstance(taken, UserError):
                 assert str(taken).startswith(f"section.{field.name}"), taken
@@ -129,6 +130,11 @@ BAD_INPUT = [
     (["data.blend.web=1"], "data.blend.web: no such entry", "+data.blend.web"),
     (["name=''"], "name=''", "empty"),
     (["run_dir=' '"], "run_dir=", "empty"),
+    (["run_dir="], "run_dir=", "empty"),
+    (["run_dir=null"], "run_dir=null: it cannot be null", ""),
+    (["name="], "name=", "empty"),
+    (["name=.."], "name=..: must be without '/'", "begin with '.'"),
+    (["name=../elsewhere"], "name=../elsewhere: must be without '/'", ""),
     (["model.num_layers=1000000000000"], "model.num_layers=1000000000000: must be", "10000"),
     (["model.kv_channels=63"], "model.kv_channels=63: must be", "even"),
     (["model.family=bert"], "model.family=bert: must be one of llama", ""),
@@ -173,6 +179,18 @@ BAD_INPUT = [
     (["trainer.gradient_clip_val=1"], "trainer.gradient_clip_val: ", "training.optim.gradient_clip_val"),
     (["trainer.precision=bf16-mixed"], "trainer.precision: ", "is bf16 here"),
     (["trainer.devices=auto"], "trainer.devices: ", "a number"),
+    (["trainer.strategy=ddp"], "trainer.strategy: ", "`parallel`"),
+    (["trainer.max_epochs=3"], "trainer.max_epochs: ", "<section>.training.max_steps"),
+    (["trainer.limit_train_batches=3"], "trainer.limit_train_batches: ", "<section>.training.max_steps"),
+    (["trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches: ", "global_batch_size"),
+    (["trainer.enable_checkpointing=false"], "trainer.enable_checkpointing: ", "save_every_n_steps"),
+    (["restore_from_path=x.nemo"], "restore_from_path: ", "<section>.checkpoint"),
+    (["model.data.data_prefix=x"], "model.data", "`prepare_data`"),
+    (["model.tokenizer.type=x"], "model.tokenizer", "prepare_data.tokenizer"),
+    (["model.encoder_seq_length=8"], "model.encoder_seq_length: ", "data.seq_length"),
+    (["model.sequence_parallel=true"], "model.sequence_parallel: ", "`parallel`"),
+    (["model.activations_checkpoint_granularity=full"], "model.activations_checkpoint_granularity: ", "recompute"),
+    (["model.precision=bf16"], "model.precision: ", "trainer.precision"),
 ]  # fmt: skip
 
 

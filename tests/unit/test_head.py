@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron_nemo.losses.lm_head import HeadLoss
 
@@ -105,12 +106,75 @@ def test_extreme_logits_stay_finite_and_exact(scale):
     torch.testing.assert_close(dx.double(), want[1], rtol=1e-3, atol=1e-2)
 
 
-def test_evaluation_computes_no_gradient():
+class CountMatmuls(TorchDispatchMode):
+    """Counts the matrix products of what runs inside, however they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_evaluation_computes_no_gradient(with_teacher):
+    """Of a model that could be trained: its parameters require gradients while it is evaluated."""
     student, teacher, labels, mask = problem()
-    with torch.no_grad():
-        output = HeadLoss(vocab_size=37)(student, teacher, labels_N=labels, mask_N=mask)
+    x, w = (tensor.clone().requires_grad_() for tensor in student)
+    head = HeadLoss(vocab_size=37, cross_entropy_weight=1.0, chunk_tokens=12)
+    arguments = dict(labels_N=labels, mask_N=mask)
+    with CountMatmuls() as trained:
+        head((x, w), teacher if with_teacher else None, **arguments)
+    with CountMatmuls() as evaluated, torch.no_grad():
+        output = head((x, w), teacher if with_teacher else None, **arguments)
+    chunks = 2
+    assert evaluated.count == chunks * (1 + with_teacher), "the logits and nothing else"
+    assert trained.count == evaluated.count + chunks * 2, "and the two gradients"
     assert not output.total.requires_grad
-    torch.testing.assert_close(output.sums, reference(student, teacher, labels, mask)[3], rtol=1e-5, atol=1e-5)
+    if with_teacher:
+        want = reference(student, teacher, labels, mask, ce=1.0)[3]
+        torch.testing.assert_close(output.sums, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 100.0])
+@pytest.mark.parametrize("largest", [3.0, 300.0, 3e4])
+def test_any_temperature_is_exact_for_extreme_logits(tau, largest):
+    """With logits in whole numbers, so that nothing but the loss itself can round."""
+    generator = torch.Generator().manual_seed(5)
+    s, t = (torch.randint(-1000, 1001, (23, 37), generator=generator).float() * round(largest) / 1000 for _ in "st")
+    identity = torch.eye(37)
+    labels = torch.randint(0, 37, (23,), generator=generator)
+    args = (s.round(), identity), (t.round(), identity), labels, torch.ones(23)
+    loss, ds, _, sums = ours(*args, vocab_size=37, temperature=tau, cross_entropy_weight=0.5)
+    want = reference(*args, tau=tau, ce=0.5)
+    # Float32 sums of exponentials are good to 1e-6 of a nat, which tau squared multiplies.
+    torch.testing.assert_close(loss.double(), want[0], rtol=3e-6, atol=1e-6 * tau**2)
+    torch.testing.assert_close(ds.double(), want[1], rtol=1e-5, atol=1e-6 * max(1.0, tau))
+    torch.testing.assert_close(sums["forward_kl"], want[3]["forward_kl"], rtol=3e-6, atol=1e-6)
+
+
+def test_the_loss_asks_the_device_nothing():
+    """On a GPU, what the host must know before it goes on (nonzero, item, a boolean index) makes it wait."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket not in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense), func
+            return func(*args, **(kwargs or {}))
+
+    student, teacher, labels, mask = problem()
+    with Refuse():
+        ours(student, teacher, labels, mask, vocab_size=37, cross_entropy_weight=0.3, temperature=2.0)
+
+
+def test_gradients_are_given_away_once():
+    student, teacher, labels, mask = problem()
+    x, w = (tensor.clone().requires_grad_() for tensor in student)
+    total = HeadLoss(vocab_size=37)((x, w), teacher, labels_N=labels, mask_N=mask).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given away once"):
+        total.backward()
 
 
 def test_without_a_teacher_there_is_no_divergence_to_speak_of():

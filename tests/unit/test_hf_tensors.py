@@ -1,6 +1,8 @@
 """Hugging Face folders: an export of an import is the import, and a bad folder is refused by name."""
 
+import dataclasses
 import json
+import os
 import shutil
 import struct
 
@@ -14,12 +16,16 @@ from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats import hf
 from minitron_nemo.checkpoint.formats.hf_names import hf_tensors
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
+from minitron_nemo.checkpoint.random_init import RandomWeights
 from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.config.schema import Config, ExportHfConfig
+from minitron_nemo.data.tokenizer import train_tokenizer
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import shrink
 from minitron_nemo.shape.packing import GroupedQuery
 from minitron_nemo.shape.tensors import logical_tensors
+from minitron_nemo.testing import TINY
 
 CASES = {
     "llama3": ("llama", {}),
@@ -244,6 +250,66 @@ def test_a_missing_shard_and_a_shard_without_its_tensor_are_refused(folder):
         hf.open_hf(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_a_weight_that_is_no_number_is_refused_naming_its_tensor(folder, tmp_path, monkeypatch, value, dtype, block):
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def spoil(tensors):
+        tensors.update({each: tensor.to(dtype) for each, tensor in tensors.items()})
+        tensors[name][-1, -1] = value
+
+    edit(folder, spoil)
+    monkeypatch.setattr(hf, "FINITE_BLOCK", block)
+    with pytest.raises(UserError, match=f"model.safetensors: tensor {name} is not all finite numbers"):
+        convert(folder, tmp_path)
+    assert not (tmp_path / "x.nemo").exists()
+
+
+@pytest.mark.parametrize("said", [0, -1, 1, "many", True, None, 10**30, "right"])
+def test_the_bytes_of_the_shards_are_those_of_the_index(folder, said):
+    shard_by_index(folder, "a.safetensors")
+    index = json.loads((folder / hf.INDEX_FILE).read_text())
+    right = sum(tensor.nbytes for tensor in load_file(folder / "a.safetensors").values())
+    index["metadata"] = {"total_size": right if said == "right" else said}
+    (folder / hf.INDEX_FILE).write_text(json.dumps(index))
+    if said in ("right", None):
+        hf.open_hf(folder)
+    else:
+        with pytest.raises(UserError, match=f"total_size=.* have {right} bytes"):
+            hf.open_hf(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "merges.txt"])
+@pytest.mark.parametrize("instead", ["pipe", "folder", "device", "nothing"])
+def test_what_is_no_regular_file_is_refused_by_name_and_never_opened(folder, name, instead):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if instead == "pipe":
+        os.mkfifo(path)
+    elif instead == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if instead == "device" else "/no/such/file")
+    with pytest.raises(UserError, match=f"{name}: not a regular file"):
+        hf.source_files(folder)
+
+
+def test_files_that_an_import_does_not_read_are_not_looked_at(folder):
+    os.mkfifo(folder / "stray.json")
+    (folder / "another.json").symlink_to("/dev/zero")
+    (folder / "evals.json").mkdir()
+    assert set(hf.source_files(folder)) == {"config.json", "generation_config.json"}
+
+
+def test_a_small_file_that_is_huge_is_refused(folder):
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="tokenizer.json: 1099511627776 bytes"):
+        hf.source_files(folder)
+
+
 @pytest.mark.parametrize("data", [b"", b"\0" * 7, struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{]"])
 def test_a_damaged_safetensors_file_is_refused_by_name(folder, data):
     (folder / "model.safetensors").write_bytes(data)
@@ -279,6 +345,26 @@ def test_a_source_is_a_folder_or_a_hub_name(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="meta-llama/X: no such folder here, and the hub gave nothing: no network$"):
         hf.resolve_source("meta-llama/X")
+
+
+def test_an_export_of_a_model_from_scratch_carries_the_ids_of_its_tokenizer(tmp_path):
+    """Without them transformers takes 2 for the end of a text."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from recipes.export_hf import RECIPE
+
+    tokenizer = train_tokenizer(["some words " * 9], vocab_size=262, output=tmp_path / "tokenizer")
+    arch = dataclasses.replace(TINY["llama"], vocab_size=262)
+    tensors = stream(RandomWeights(arch, seed=0))
+    write_nemo(
+        tmp_path / "s.nemo", arch, tensors, dtype=torch.float32, tokenizer=tokenizer.folder, origin=Origin("s")
+    )  # fmt: skip
+    config = Config(export_hf=ExportHfConfig(checkpoint=str(tmp_path / "s.nemo"), output=str(tmp_path / "s_hf")))
+    RECIPE.run(config, RECIPE.prepare(config))
+    opened = AutoConfig.from_pretrained(tmp_path / "s_hf")
+    assert (opened.bos_token_id, opened.eos_token_id) == (0, 0) == (tokenizer.eod, tokenizer.eod)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "s_hf")
+    assert model.generation_config.eos_token_id == 0
 
 
 def test_an_export_replaces_an_export_only_when_asked_and_never_another_folder(tmp_path, tiny):

@@ -390,3 +390,15 @@ def test_dockerfile_starts_from_the_public_image_and_keeps_its_torch():
         assert re.search(rf"^{name}==", pins, re.MULTILINE), name
     assert not {"torch", "numpy", "transformer-engine"} & set(wanted[1].split("|"))
     assert "--no-deps" in text
+
+
+def test_dockerfile_fails_where_a_pipe_fails_and_keeps_a_pre_release_of_torch():
+    text = (ROOT / "Dockerfile").read_text()
+    assert text.index('SHELL ["/bin/bash", "-o", "pipefail", "-c"]') < text.index("RUN ")
+    listed = re.search(r"grep -iE '(\^\(torch.*?==)'", text)
+    assert listed is not None
+    # What `pip list --format=freeze` says in such an image, and what of it must not move.
+    image = ["torch==2.10.0a0+b558c986e8.nv25.11", "transformer_engine==2.9.0", "torchdata==0.1", "Jinja2==3.1.6"]
+    kept = [line for line in image if re.match(listed[1], line, re.IGNORECASE)]
+    assert kept == image[:2]
+    assert "grep -q '^torch==' /tmp/keep.txt" in text

@@ -1,6 +1,7 @@
 """An artefact is whole or absent, names its origin, and is never a folder of somebody else's."""
 
 import json
+import logging
 
 import pytest
 
@@ -117,13 +118,32 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
         m.verify_files(path, m.read_manifest(path, kind="data"))
 
 
+@pytest.mark.parametrize("name", ["z.txt", "sub/z.bin", "sub/.metadata", "deeper/x"])
+def test_a_file_that_is_not_listed_is_refused_by_name(tmp_path, name):
+    path = tmp_path / "data"
+    publish(path)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("from elsewhere")
+    with pytest.raises(UserError, match=f"{name}: not listed in manifest.json"):
+        m.verify_files(path, m.read_manifest(path, kind="data"))
+
+
+def test_dot_files_at_the_top_are_the_users_own(tmp_path):
+    path = tmp_path / "data"
+    publish(path)
+    (path / ".git").mkdir()
+    (path / ".git" / "config").write_text("")
+    (path / ".DS_Store").write_text("")
+    m.verify_files(path, m.read_manifest(path, kind="data"))
+
+
 def test_another_kind_and_no_artefact_are_refused(tmp_path):
     publish(tmp_path / "data")
     with pytest.raises(UserError, match="is a data artefact; a model artefact is needed"):
         m.read_manifest(tmp_path / "data", kind="model")
-    with pytest.raises(UserError, match="is not a model artefact: no such folder"):
+    with pytest.raises(UserError, match="is not a .nemo model folder: no such folder"):
         m.read_manifest(tmp_path / "nowhere", kind="model")
-    with pytest.raises(UserError, match="is not a model artefact: no manifest.json"):
+    with pytest.raises(UserError, match="is not a .nemo model folder: no manifest.json"):
         m.read_manifest(tmp_path, kind="model")
 
 
@@ -131,6 +151,7 @@ def test_another_kind_and_no_artefact_are_refused(tmp_path):
     "text",
     ["", "[]", '{}', '{"kind": "data"}', '{"kind": 1, "fingerprint": "f"}', "[" * 100_000,
      '{"kind": "data", "fingerprint": "f", "surprise": 1}',
+     '{"kind": "data", "fingerprint": "f"}', '{"kind": "data", "fingerprint": "f", "files": {}}',
      '{"kind": "data", "fingerprint": "f", "files": {"../../x": {"size": 1, "sha256": ""}}}',
      '{"kind": "data", "fingerprint": "f", "files": {"/etc/x": {"size": 1, "sha256": ""}}}',
      '{"kind": "data", "fingerprint": "f", "files": {"x": {"size": "1", "sha256": ""}}}'],
@@ -145,7 +166,7 @@ def test_an_unreadable_manifest_is_refused_in_one_line(tmp_path, text):
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path):
     p.check_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(UserError, match=r"needs 1100000000.0 GB, .* GB are free"):
+    with pytest.raises(UserError, match=r"needs 1\.1e\+06 TB, .* [GT]B are free"):
         p.check_free_space(tmp_path / "not" / "yet", 10**18)
 
 
@@ -160,3 +181,13 @@ def test_ranks_can_share_the_folder_between_begin_and_finish(tmp_path):
     assert json.loads((path / "manifest.json").read_text())["files"] == manifest.files
     m.verify_files(path, manifest)
     assert len(m.manifest_sha256(path)) == 64
+
+
+def test_verifying_gigabytes_shows_how_far_it_is(tmp_path, monkeypatch, caplog):
+    publish(tmp_path / "data")
+    caplog.set_level(logging.INFO, logger="minitron_nemo")
+    m.verify_files(tmp_path / "data", m.read_manifest(tmp_path / "data", kind="data"))
+    assert not caplog.messages
+    monkeypatch.setattr(m, "WORTH_A_LINE", 1)
+    m.verify_files(tmp_path / "data", m.read_manifest(tmp_path / "data", kind="data"))
+    assert caplog.messages[-1].startswith("verify data 4/4 100%")

@@ -19,6 +19,7 @@ from minitron_nemo.checkpoint.torch_dist_weights import stored_shape
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch, RopeScaling
 from minitron_nemo.shape.tensors import EMBEDDING, OUTPUT, logical_tensors
+from minitron_nemo.testing import TINY, random_nemo
 
 LLAMA = ModelArch(2, 32, 48, 4, 2, 12, 131, 64, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 512))
 NEMOTRON = dataclasses.replace(
@@ -185,3 +186,16 @@ def test_a_tensor_of_the_wrong_shape_or_too_few_of_them_are_never_written(tmp_pa
         with pytest.raises(AssertionError, match=message):
             write_nemo(tmp_path / "x.nemo", LLAMA, tensors, dtype=torch.float32, tokenizer=None, origin=Origin("f"))
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model_config.yaml", "model_weights/.metadata", "model_weights/*.distcp"])
+def test_a_model_whose_manifest_does_not_vouch_for_a_file_is_refused(tmp_path, name):
+    path = random_nemo(tmp_path / "a.nemo", TINY["llama"]).path
+    (file,) = path.glob(name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][file.relative_to(path).as_posix()]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for verify in (False, True):
+        with pytest.raises(UserError, match=f"{file.name}.*") as caught:
+            open_nemo(path, verify=verify)
+        assert "list" in str(caught.value)

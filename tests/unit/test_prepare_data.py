@@ -1,18 +1,23 @@
+import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from hf_models import save_templated_tokenizer, save_tiny_tokenizer
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from minitron_nemo.config.schema import CorpusConfig
 from minitron_nemo.data import shards
 from minitron_nemo.data.corpora import list_files, read_documents
 from minitron_nemo.data.corpus_facts import read_facts
+from minitron_nemo.data.corpus_index import dtype_for
 from minitron_nemo.data.prepare import prepare_corpus
-from minitron_nemo.data.tokenizer import train_tokenizer
+from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
 from minitron_nemo.errors import UserError
 
 
@@ -81,6 +86,48 @@ def test_the_bytes_do_not_depend_on_files_workers_or_shards(prepare, tmp_path, m
     assert not list((tmp_path / "many2").glob("*.shards*"))
 
 
+@pytest.mark.parametrize("merge_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("vocab_size", [260, 65_600])
+def test_the_pair_is_what_megatrons_own_writer_makes_of_the_documents(tmp_path, monkeypatch, merge_bytes, vocab_size):
+    """In the order of the hash of the text, each of its ids and the end token."""
+    tokenizer = load_tokenizer(save_tiny_tokenizer(tmp_path / "t", vocab_size=vocab_size))
+    texts = [" ".join(f"w{(i * 977 + j) % (vocab_size - 3)}" for j in range(i % 7)) + f" w{i}" for i in range(40)]
+    monkeypatch.setattr(shards, "SHARD_BYTES", 150)
+    monkeypatch.setattr("minitron_nemo.data.prepare.MERGE_BYTES", merge_bytes)
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts, *texts[:9]])
+    prepare_corpus("web", CorpusConfig(input=str(path)), tokenizer=tokenizer, output=tmp_path, show_progress=False)
+    dtype = DType.optimal_dtype(vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        ids = [*tokenizer.encode(text), tokenizer.eod]
+        builder.add_document(np.array(ids, dtype=dtype), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert pair_of(tmp_path / "web") == pair_of(tmp_path / "theirs")
+    facts = read_facts(tmp_path / "web.json")
+    assert facts.sha256 == {s: hashlib.sha256((tmp_path / f"web.{s}").read_bytes()).hexdigest() for s in ("bin", "idx")}
+
+
+@pytest.mark.parametrize("vocab_size", [1, 65_499, 65_500, 65_536, 2**31 - 1])
+def test_the_dtype_of_tokens_is_megatrons(vocab_size):
+    assert dtype_for(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+
+
+@pytest.mark.parametrize(("hard", "merges"), [(1000, True), (200, False)])
+def test_more_shards_than_files_may_be_open_are_merged_where_the_limit_can_be_raised(tokenizer, tmp_path, hard, merges):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    script = (
+        "import resource, sys; from pathlib import Path; from minitron_nemo.config.schema import CorpusConfig\n"
+        "from minitron_nemo.data import shards\nfrom minitron_nemo.data.prepare import prepare_corpus\n"
+        "from minitron_nemo.data.tokenizer import load_tokenizer\n"
+        f"shards.SHARD_BYTES, shards.MAX_SHARDS = 1, 250; resource.setrlimit(resource.RLIMIT_NOFILE, (100, {hard}))\n"
+        f"prepare_corpus('web', CorpusConfig(input={str(path)!r}), tokenizer=load_tokenizer({str(tokenizer.folder)!r}),"
+        f" output=Path({str(tmp_path / 'out')!r}), show_progress=False)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode == 0) == merges, ended.stderr
+    assert merges or "files and 200 are allowed here" in ended.stderr
+
+
 @pytest.mark.parametrize("shard_bytes", [1, 7, 50, 64, 1000])
 def test_every_line_belongs_to_exactly_one_span(prepare, tokenizer, tmp_path, monkeypatch, shard_bytes):
     texts = make_texts(12)
@@ -96,7 +143,7 @@ def test_a_huge_corpus_has_larger_shards_not_more(tokenizer, tmp_path, monkeypat
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
     monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     monkeypatch.setattr(shards, "MAX_SHARDS", 5)
-    jobs = shards.plan_shards([path], CorpusConfig(), tokenizer=tokenizer, dtype="uint16", folder=tmp_path)
+    jobs = shards.plan_shards([path], CorpusConfig(), tokenizer=tokenizer, bos=None, dtype="uint16", folder=tmp_path)
     assert 5 <= len(jobs) <= 6
     assert sum(job.num_bytes for job in jobs) == path.stat().st_size
 
@@ -246,6 +293,42 @@ def test_missing_and_empty_inputs_are_refused(prepare, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="no documents in .*'undecodable_files': 1"):
         prepare(CorpusConfig(input=str(tmp_path / "binary.txt")))
+
+
+@pytest.mark.parametrize(("add_bos", "first"), [(None, [1]), (True, [1]), (False, [])])
+@pytest.mark.parametrize("template", ["llama3", "mistral"])
+def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, add_bos, first, template):
+    """Here the end token is 2 and the begin token 1."""
+    tokenizer = load_tokenizer(save_templated_tokenizer(tmp_path / "tokenizer", template))
+    write_jsonl(tmp_path / "a.jsonl", [f"w{i} w{i + 1}" for i in range(20)])
+    corpus = CorpusConfig(input=str(tmp_path / "a.jsonl"))
+    facts = prepare_corpus(
+        "web", corpus, tokenizer=tokenizer, output=tmp_path / "out", add_bos=add_bos, show_progress=False
+    )
+    indexed = IndexedDataset(str(tmp_path / "out" / "web"))
+    found = sorted(indexed[i].tolist() for i in range(20))
+    assert found == [[*first, 3 + i, 4 + i, 2] for i in range(20)]
+    assert facts.tokens == sum(map(len, found))
+    assert (facts.bos, facts.eod) == (first[0] if first else None, 2)
+
+
+def test_shards_made_without_the_begin_token_are_not_taken_up_with_it(tmp_path):
+    tokenizer = load_tokenizer(save_templated_tokenizer(tmp_path / "tokenizer"))
+    path = write_jsonl(tmp_path / "a.jsonl", ["w1"])
+    keys = {
+        shards.plan_shards(
+            [path], CorpusConfig(), tokenizer=tokenizer, bos=bos, dtype="uint16", folder=tmp_path
+        )[0].key
+        for bos in (None, 0, 1)
+    }  # fmt: skip
+    assert len(keys) == 3
+
+
+def test_facts_of_a_corpus_made_before_there_was_a_begin_token_are_read(prepare, tmp_path):
+    facts, prefix = prepare(CorpusConfig(input=str(write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))))
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({name: x for name, x in json.loads(path.read_text()).items() if name != "bos"}))
+    assert read_facts(path) == facts
 
 
 def test_a_corpus_name_cannot_leave_the_output_folder(tokenizer, tmp_path):

@@ -1,4 +1,10 @@
+import contextlib
 import logging
+import os
+import pty
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -16,9 +22,10 @@ class Clock:
         return self.now
 
 
-def make_lines(total: float, unit: str = "step", done: float = 0) -> tuple[module._Lines, Clock, list[str]]:
+def make_lines(total: float, unit: str = "step", done: float = 0, of=None) -> tuple[module._Lines, Clock, list[str]]:
     clock, lines = Clock(), []
-    reporter = module._Lines(total, "distill", unit=unit, done=done, interval=5.0, emit=lines.append, clock=clock)
+    rate = module._RateOf(unit, of)
+    reporter = module._Lines(total, "distill", rate=rate, done=done, interval=5.0, emit=lines.append, clock=clock)
     return reporter, clock, lines
 
 
@@ -39,6 +46,13 @@ def test_a_line_carries_count_rate_time_left_and_the_latest_facts():
     clock.now = 20.0
     reporter.advance(20, loss=3.21)
     assert lines[-1] == "distill 120/400 30% 6 tokens/s 47s left loss 3.21"
+
+
+def test_a_unit_made_of_others_is_named_and_rated_in_them():
+    reporter, clock, lines = make_lines(400, of=(4096.0, "token"))
+    clock.now = 10.0
+    reporter.advance(120, loss=3.21)
+    assert lines == ["distill step 120/400 30% 49.2k tokens/s 23s left loss 3.21"]
 
 
 def test_what_an_earlier_run_did_counts_but_not_for_the_rate():
@@ -78,6 +92,32 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "work" in shown
     assert "10/10 100%" in shown
     assert "loss 9" in shown
+
+
+def test_a_line_of_the_log_stands_above_the_bar_and_not_in_it():
+    """A terminal of their own: the log's line is whole, and begins where a line begins."""
+    code = (
+        "import logging\n"
+        "from minitron_nemo.progress import progress, set_up_logging\n"
+        "set_up_logging(is_main=True)\n"
+        "with progress(10, 'work', of=(8.0, 'token')) as bar:\n"
+        "    bar.advance(4)\n"
+        "    logging.getLogger('minitron_nemo').info('validation 4.13')\n"
+        "    bar.advance(6)\n"
+    )
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-c", code], stderr=theirs, timeout=60, check=True, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # what Linux says of a terminal without another end
+        while block := os.read(ours, 65536):
+            shown += block
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "\n").splitlines()
+    assert "validation 4.13" in [line.strip() for line in plain], plain
+    assert any("step 10/10 100%" in line for line in plain), plain
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minitron_nemo.artefacts.atomic import write_text_atomically
+from minitron_nemo.artefacts.manifest import manifest_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.errors import UserError
@@ -65,6 +66,7 @@ def write_evaluation(run, name, values):
 def add_model(run, name, arch, index, *, plan=None):
     facts = {"arch": arch.to_dict()}
     with publishing(run / f"{name}.nemo", kind="model", origin=Origin("f"), extra=facts) as draft:
+        (draft.folder / "model_config.yaml").write_text("{}")
         if plan is not None:
             plan.write(draft.folder / "plan.json")
     write_evaluation(run, name, evaluation(arch, index))
@@ -76,7 +78,8 @@ def add_metrics(run, name):
     records = []
     for step in range(1, 41):
         loss = 3.0 + 4.0 * math.exp(-step / 8)
-        record = {"step": step, "cross_entropy": loss, "forward_kl": loss / 2, "consumed_tokens": step * 4096}
+        record = {"step": step, "cross_entropy": loss, "forward_kl": loss / 2, "consumed_tokens": step * 4096,
+                  "tokens_per_second": 2048.0 if step <= 20 else 4096.0}  # fmt: skip
         if step % 10 == 0:
             record |= {"val_cross_entropy": loss + 0.05, "val_forward_kl": loss / 2 + 0.02}
         records.append(json.dumps(record))
@@ -110,12 +113,13 @@ def test_json_has_the_numbers_of_the_evaluations_in_order(run, page):
     for index, (name, arch) in enumerate(ARCHS.items()):
         assert report["models"][name] == evaluation(arch, index)
     assert set(report["facts"]) == {"date", "machine", "versions"}
+    assert list(report["made"]) == list(ARCHS)
 
 
 def test_page_shows_the_numbers_and_every_section(page):
-    for heading in ("Results", "Training", "Importance", "Shapes before and after", "Made with"):
+    for heading in ("Results", "Training", "Importance", "Shapes before and after", "How it was made", "Made with"):
         assert f"<h2>{heading}</h2>" in page
-    assert page.count("<svg ") == page.count("</svg>") == 4
+    assert page.count("<svg ") == page.count("</svg>") == 3 + 2 + 4 + 5  # a picture for each panel
     assert "<td>3.2857</td>" in page
     assert "num_layers 6 -&gt; 3" in page
 
@@ -172,6 +176,82 @@ def test_page_loads_nothing(page):
 def test_page_takes_its_text_color_in_plots_from_the_reader(page):
     assert "currentColor" in page
     assert "#010203" not in page
+
+
+def test_page_is_readable_on_a_telephone(page):
+    """At 390 pixels: names break between words, tables scroll by themselves, a panel is as wide as the page is."""
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "anywhere" not in style
+    assert "break-all" not in style
+    assert page.count("<table>") == page.count('<div class="scroll"><table>')
+    assert 'content="width=device-width, initial-scale=1"' in page
+    for box in re.findall(r'<svg [^>]*viewBox="0 0 ([\d.]+) [\d.]+"', page):
+        assert float(box) <= 300  # so that 9 points are more than 10 pixels on 358
+    sizes = [float(size) for size in re.findall(r'<text style="font-size: ([\d.]+)px', page)]
+    assert min(sizes) >= 8
+    assert len(sizes) > 50
+
+
+def test_bars_of_the_loss_start_near_the_least_and_say_so(run):
+    near = plots._near_minimum
+    assert near([4.0625, 4.1342, 4.9796]) == pytest.approx(3.97)
+    assert near([4.1, 4.2]) == pytest.approx(4.09)
+    assert near([4.0, 4.0]) == near([3.0]) == near([]) == near([0.0, 1.0]) == 0
+    for values in ([2.0, 2.001, 2.002], [0.001, 5.0], [4.0, 400.0]):
+        assert 0 <= near(values) < min(values)
+    drawn = plots.results(collect(run, list(ARCHS)).models)
+    assert re.search(r"cross-entropy, from 2\.\d+", drawn)
+    assert "forward KL, from" not in drawn
+
+
+def test_page_tells_time_throughput_size_command_and_revision(tmp_path):
+    origin = Origin("f", command="python recipes/distill.py --config-name 'a b'")
+    with publishing(tmp_path / "student.nemo", kind="model", origin=origin) as draft:
+        (draft.folder / "weights").write_bytes(b"x" * 2_500_000)
+    write_evaluation(tmp_path, "student", evaluation(TEACHER, 1))
+    add_metrics(tmp_path, "student")
+    made = write_report(tmp_path, ["student"], output=tmp_path / "report.html").made["student"]
+    assert (made.steps, made.tokens, made.size) == (40, 40 * 4096, 2_500_000)
+    assert made.seconds == pytest.approx(20 * 4096 / 2048 + 20 * 4096 / 4096)
+    page = (tmp_path / "report.html").read_text()
+    row = "<td>student</td><td>40</td><td>164 K</td><td>1m00s</td><td>2.73 K</td><td>-</td>"
+    for said in (
+        row,
+        "<td>2.5 MB</td>",
+        made.git_revision[:12],
+        "python recipes/distill.py --config-name &#x27;a b&#x27;",
+    ):
+        assert said in page
+    assert re.fullmatch(r"[0-9a-f]{40}|", made.git_revision)
+
+
+def test_the_reference_is_named_and_students_are_known_by_what_they_were_made_from(tmp_path):
+    """The part a model plays is read off its manifest: its own name says nothing."""
+    add_model(tmp_path, "one", TEACHER, 0)
+    add_model(tmp_path, "cut", NARROW, 3, plan=make_plan(make_scores(), NARROW))
+    random_start = Origin("f", config={"init_method_std": 0.02})
+    with publishing(tmp_path / "drawn.nemo", kind="model", origin=random_start) as draft:
+        (draft.folder / "model_config.yaml").touch()
+    reference = manifest_sha256(tmp_path / "one.nemo")
+    for index, (name, start, weight) in enumerate([("a", "cut", 1.0), ("b", "cut", 0.0), ("c", "drawn", 1.0)], start=1):
+        parents = {"student": manifest_sha256(tmp_path / f"{start}.nemo"), "teacher": reference}
+        origin = Origin("f", {"kl_weight": weight}, parents)
+        with publishing(tmp_path / f"{name}.nemo", kind="model", origin=origin) as draft:
+            (draft.folder / "model_config.yaml").touch()
+        write_evaluation(tmp_path, name, evaluation(NARROW, index))
+    for name in ("one", "cut", "a", "b", "c"):
+        path = tmp_path / "eval" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parents": {"reference": reference}}))
+    report = collect(tmp_path, ["one", "cut", "a", "b", "c"])
+    assert report.reference == "one"
+    assert [report.made[name].part for name in report.models] == [
+        "", "", "student", "no teacher", "random start",
+    ]  # fmt: skip
+    write_report(tmp_path, list(report.models), output=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<p class="verdict">a is compared with the reference one: ' in page
+    assert "with that of the reference, one." in page
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"].startswith("a is compared with")
 
 
 def test_names_are_escaped_everywhere(tmp_path):
@@ -276,9 +356,9 @@ def test_a_diverged_or_unreferenced_model_is_still_reported(tmp_path):
     add_model(tmp_path, "teacher", TEACHER, 0)
     unknown = {"perplexity": math.inf, "forward_kl": None, "top1_agreement": None}
     write_evaluation(tmp_path, "teacher", evaluation(TEACHER, 0) | unknown)
-    models = write_report(tmp_path, ["teacher"], output=tmp_path / "report.html")
+    report = write_report(tmp_path, ["teacher"], output=tmp_path / "report.html")
     assert json.loads((tmp_path / "report.json").read_text())["models"]["teacher"]["perplexity"] is None
-    assert "diverged" in format_table(models)
+    assert "diverged" in format_table(report.models)
 
 
 def test_terminal_table_is_aligned():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from hf_models import save_templated_tokenizer
 
 from minitron_nemo.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from minitron_nemo.errors import UserError
@@ -140,6 +141,82 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_in_one_line(tmp_path, fi
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = [3, 1.5, True, ["</s>"], [], {"content": 7}, {"content": "\ud800"}, "\ud800", "<|nowhere|>", "x" * 100_000]
+
+
+@pytest.mark.parametrize("token", HOSTILE, ids=lambda token: ascii(token)[:20])
+def test_an_eos_token_that_is_none_is_refused_in_one_line(copy, token):
+    rewrite(copy, "tokenizer_config.json", {"eos_token": token})
+    with pytest.raises(UserError, match="tokenizer_config.json: eos_token") as caught:
+        load_tokenizer(copy)
+    message = str(caught.value)
+    assert message.isascii()
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("ident", [-1, 300, 10**6, 10**30, True, 1.0, "0", {}, [], [True], [[0]], [-1, 0]], ids=str)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "hf_config.json"])
+def test_an_eos_token_id_outside_the_vocabulary_is_refused_in_one_line(copy, ident, name):
+    rewrite(copy, "tokenizer_config.json", {})
+    rewrite(copy, name, {"eos_token_id": ident})
+    with pytest.raises(UserError, match=rf"{name}: eos_token_id=.*0\.\.299") as caught:
+        load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 2**40])
+def test_a_vocabulary_of_absurd_size_is_refused(copy, size):
+    vocab = {} if size == 0 else {"a": size}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    rewrite(copy, "tokenizer.json", tokenizer)
+    with pytest.raises(UserError, match="vocabulary of 0|cannot open it") as caught:
+        load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_far_too_large_is_not_read(copy):
+    with (copy / "tokenizer_config.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="tokenizer_config.json: 1099511627776 bytes"):
+        load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("template", ["llama3", "mistral"])
+def test_what_begins_a_document_is_what_the_post_processor_puts_first(tmp_path, template):
+    """`transformers` puts the same token there."""
+    from transformers import AutoTokenizer
+
+    folder = save_templated_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)("w0 w5")["input_ids"]
+    assert theirs == [tokenizer.bos(), *tokenizer.encode("w0 w5")]
+    assert tokenizer.backend.id_to_token(tokenizer.bos()) == "<s>"
+    assert (tokenizer.bos(True), tokenizer.bos(False)) == (tokenizer.bos(), None)
+    assert tokenizer.eod == 2
+
+
+def test_a_tokenizer_without_post_processor_puts_nothing_first_unless_asked(folder, copy):
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos(), tokenizer.bos(False), tokenizer.bos(True)) == (None, None, 0)
+    rewrite(copy, "tokenizer_config.json", {"eos_token": END_OF_TEXT})
+    with pytest.raises(UserError, match="add_bos=true, and no begin-of-sequence token is known; set bos_token"):
+        load_tokenizer(copy).bos(True)
+    rewrite(copy, "config.json", {"bos_token_id": 5})
+    assert load_tokenizer(copy).bos(True) == 5
+
+
+def test_a_token_after_the_text_begins_nothing_and_two_before_it_must_be_decided(tmp_path):
+    after = load_tokenizer(save_templated_tokenizer(tmp_path / "after", "$A </s>"))
+    assert after.bos() is None
+    both = load_tokenizer(save_templated_tokenizer(tmp_path / "both", "<s> $A </s>"))
+    assert both.bos() == 1
+    two = load_tokenizer(save_templated_tokenizer(tmp_path / "two", "<s> <unk> $A"))
+    with pytest.raises(UserError, match=r"puts 2 tokens before a text, \[1, 0\]; say with prepare_data.add_bos"):
+        two.bos()
+    assert (two.bos(True), two.bos(False)) == (1, None)
 
 
 def test_an_eos_token_outside_the_vocabulary_is_refused(copy):

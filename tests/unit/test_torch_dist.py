@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from minitron_nemo.checkpoint.geometry import Box
-from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, with_own_storage, write_metadata
 from minitron_nemo.errors import UserError
 
 
@@ -84,6 +84,35 @@ def test_the_writer_hashes_what_it_wrote_and_saves_views_without_their_storage(t
     data = (tmp_path / "__3_0.distcp").read_bytes()
     assert writer.sha256 == hashlib.sha256(data).hexdigest()
     assert record["length"] == len(data) < 4000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_contiguous_tensors_are_not_copied_to_be_written_and_views_leave_their_storage_behind(dtype):
+    full = numbered(10, 64).to(dtype)
+    for tensor in (full, full[3:5], full[7], torch.tensor(1.0).to(dtype)):
+        own = with_own_storage(tensor)
+        assert own.data_ptr() == tensor.data_ptr()
+        assert torch.equal(own, tensor)
+        assert own.untyped_storage().nbytes() == tensor.nbytes
+    for tensor in (full.T, full[:, 3], full[::2], full[:0]):
+        own = with_own_storage(tensor)
+        assert torch.equal(own, tensor)
+        assert own.untyped_storage().nbytes() == tensor.nbytes
+        assert own.is_contiguous()
+
+
+def test_no_checksum_is_computed_beside_the_hash_and_the_setting_of_torch_comes_back(tmp_path, monkeypatch):
+    seen, save = [], torch.save
+    options = torch.serialization.get_crc32_options
+    monkeypatch.setattr(torch, "save", lambda *args: (seen.append(options()), save(*args)))
+    for before in (True, False):
+        torch.serialization.set_crc32_options(before)
+        writer = TorchDistWriter(tmp_path, rank=int(before))
+        writer.write("x", numbered(4), global_shape=(4,), offset=(0,))
+        writer.close()
+        assert options() is before
+    torch.serialization.set_crc32_options(True)
+    assert seen == [False, False]
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):

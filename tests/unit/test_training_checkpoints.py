@@ -2,8 +2,13 @@
 
 import json
 
+import pytest
+
+from minitron_nemo.artefacts import publishing as publishing_module
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import publishing
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.errors import UserError
 from minitron_nemo.testing import LLAMA
 from minitron_nemo.training.checkpoints import KIND, CheckpointFolder
 from minitron_nemo.training.metrics import MetricsWriter
@@ -23,6 +28,32 @@ def test_only_checkpoints_of_the_same_configuration_are_resumed_or_removed(tmp_p
     assert [folder.name for folder in checkpoints.steps()] == ["step_00000100", "step_00000200"]
     assert checkpoints._newest() == str(tmp_path / "step_00000200")
     assert "step_00001000, step_00002000 of another configuration" in caplog.text
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints" / "student", "f", LLAMA, groups=Groups(), layout="alone")
+    with checkpoints.locked(), pytest.raises(UserError, match="student: another run is writing it"):
+        checkpoints.locked().__enter__()
+    with checkpoints.locked():
+        pass
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(("saves_left", "there", "times"), [(0, 0, 0), (1, 0, 1), (9, 0, 3), (9, 1, 2), (9, 2, 1)])
+def test_room_for_all_checkpoints_that_lie_there_at_once_is_asked_for_before_the_first_step(
+    saves_left, there, times, tmp_path, monkeypatch
+):
+    """Two are kept and the third is whole before the first goes; of each parameter 4 bytes and 12 of the optimizer."""
+    for step in range(there):
+        publish(tmp_path, step, "f")
+    checkpoints = CheckpointFolder(tmp_path, "f", LLAMA, groups=Groups(), layout="alone")
+    needed = times * 16 * LLAMA.num_params()
+    monkeypatch.setattr(publishing_module, "free_bytes", lambda path: 1.1 * needed)
+    checkpoints.check_space(saves_left)
+    if needed:
+        monkeypatch.setattr(publishing_module, "free_bytes", lambda path: 1.09 * needed)
+        with pytest.raises(UserError, match=r"needs [\d.]+ MB, [\d.]+ MB are free"):
+            checkpoints.check_space(saves_left)
 
 
 def test_a_run_from_the_start_drops_the_metrics_of_the_run_before_and_a_resumed_one_keeps_them(tmp_path):

@@ -5,8 +5,9 @@ import, bit for bit.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
 from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
 from minitron_nemo.checkpoint.formats.hf_names import hf_names, hf_tensors
-from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, NemoFolder, copy_tokenizer, write_nemo
+from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, TOKENIZER_FILES, NemoFolder, copy_tokenizer, write_nemo
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, SafetensorsWriter
 from minitron_nemo.checkpoint.source import ShapedSource, stream
@@ -35,8 +36,14 @@ SOURCE_CONFIG_FILE = "hf_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 JSON_LIMIT = 64 * 2**20
+SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
+FINITE_BLOCK = 1 << 20  # elements
 STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+ITEMSIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
+    "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 
@@ -83,6 +90,8 @@ class HfWeights(ShapedSource):
             tensors = [self._handle(part).get_tensor(part) for part in parts]
         except SafetensorError as error:
             raise UserError(f"{self.path}: {parts[0]} cannot be read: {error}") from None
+        for part, value in zip(parts, tensors, strict=True):
+            _check_finite(value, self.path / self._files[part], part)
         tensor = logical.row.dims[0].from_hf(tensors, self.arch)
         return tensor if box is None else tensor[box.slices()]
 
@@ -93,6 +102,13 @@ class HfWeights(ShapedSource):
             self._open[file] = _open_safetensors(self.path, file)
         return self._open[file]
 
+    def _slice(self, name: str) -> Any:
+        """Shape and dtype of a tensor, from the header of its file."""
+        try:
+            return self._handle(name).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.path / self._files[name]}: no tensor {name}: {error}") from None
+
     def _check_tensors(self) -> torch.dtype:
         """Names, shapes and dtypes against the shape; the one dtype of all tensors."""
         expected = dict(hf_tensors(self.arch))
@@ -100,10 +116,7 @@ class HfWeights(ShapedSource):
         for name, shape in expected.items():
             if name not in self._files:
                 raise UserError(f"{self.path}: tensor {name} is missing; {CONFIG_FILE} describes a model that has it")
-            try:
-                stored = self._handle(name).get_slice(name)
-            except SafetensorError as error:
-                raise UserError(f"{self.path / self._files[name]}: no tensor {name}: {error}") from None
+            stored = self._slice(name)
             if (found := tuple(stored.get_shape())) != shape:
                 raise UserError(f"{self.path}: tensor {name} is {found}; {CONFIG_FILE} says {shape}")
             dtypes.add(stored.get_dtype())
@@ -117,7 +130,37 @@ class HfWeights(ShapedSource):
         for name in sorted(set(self._files) - set(expected) - tolerated):
             if not name.endswith("rotary_emb.inv_freq"):
                 raise UserError(f"{self.path}: tensor {name} belongs to no parameter of the model in {CONFIG_FILE}")
+        self._check_total_size()
         return STORED_DTYPES[dtypes.pop()]
+
+    def _check_total_size(self) -> None:
+        """Refuse shards that hold another number of bytes than the index, where there is one, says."""
+        if set(self._files.values()) == {WEIGHTS_FILE}:
+            return
+        metadata = _read_json(self.path, INDEX_FILE).get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if said is None:
+            return
+        slices = [self._slice(name) for name in self._files]
+        found = sum(math.prod(part.get_shape()) * ITEMSIZES.get(part.get_dtype(), 0) for part in slices)
+        if type(said) not in (int, float) or said != found:
+            raise UserError(
+                f"{self.path / INDEX_FILE}: total_size={_short(said)}, the tensors that it names have {found} bytes; "
+                "fetch the model again, or correct the number if the model is right"
+            )
+
+
+def _check_finite(tensor: Tensor, path: Path, name: str) -> None:
+    """Refuse a weight that is no number: its maker gives no hash, and one such weight spoils every logit."""
+    for block in tensor.flatten().split(FINITE_BLOCK):
+        # Twenty times cheaper than isfinite over the block, and NaN and infinity both come through.
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(block)):
+            raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else text[:37] + "..."
 
 
 def _open_safetensors(folder: Path, name: str) -> Any:
@@ -158,6 +201,20 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def source_files(folder: str | Path) -> dict[str, Path]:
+    """By name, the small files that an import reads: config, index and tokenizer; no other file is looked at.
+
+    Raises UserError, before opening it, for one that is not a regular file or far too large.
+    """
+    found = {}
+    for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES):
+        if (path := contained_file(folder, name)) is not None:
+            if (size := path.stat().st_size) > SMALL_LIMIT:
+                raise UserError(f"{path}: {size} bytes; no such file needs more than {SMALL_LIMIT}")
+            found[name] = path
+    return found
 
 
 def resolve_source(source: str) -> Path:
@@ -207,12 +264,14 @@ def export_hf(
     *,
     origin: Origin,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
+    token_ids: Mapping[str, int] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Publish a model artefact as the Hugging Face folder `output`, in shards of at most `shard_bytes`.
 
     A single tensor larger than that gets a shard of its own. `tensors` is the stream of `nemo.weights`, where the
-    caller wants to watch it.
+    caller wants to watch it. `token_ids` (`bos_token_id`, `eos_token_id`) are for a model that came with no config:
+    without them transformers takes ids of its own.
     """
     check_free_space(output, nemo.arch.num_params() * nemo.dtype.itemsize)
     with publishing(output, kind=KIND, origin=origin, tokens=nemo.manifest.tokens) as draft:
@@ -221,6 +280,8 @@ def export_hf(
         base = _read_json(draft.folder, SOURCE_CONFIG_FILE) if source_config.exists() else None
         source_config.unlink(missing_ok=True)
         values = config_from_arch(nemo.arch, dtype=nemo.dtype, base=base)
+        if base is None:
+            values |= token_ids or {}
         (draft.folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
         _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)

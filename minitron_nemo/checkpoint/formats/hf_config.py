@@ -179,3 +179,19 @@ def _rope_fields(arch: ModelArch, *, is_nested: bool) -> dict[str, Any]:
     if is_nested:
         return {"rope_parameters": {"rope_type": "default", **theta, **(scaling or {})}}
     return {**theta, "rope_scaling": scaling}
+
+
+def export_doubt(target: ModelArch, *, largest: int) -> str | None:
+    """What to choose instead of a hidden size (of at most `largest`) that transformers 5 refuses; None when it is fine.
+
+    It opens a Llama only when the hidden size is a multiple of the heads, whatever `head_dim` says.
+    """
+    hidden, heads = target.hidden_size, target.num_attention_heads
+    if target.family != "llama" or hidden % heads == 0:
+        return None
+    below = hidden // heads * heads
+    choices = [f"hidden_size={size}" for size in (below, below + heads) if 0 < size <= largest]
+    return (
+        f"hidden_size={hidden} is no multiple of num_attention_heads={heads}: transformers 5 will not open an export "
+        f"of this Llama; choose {' or '.join(choices) or 'fewer heads'}"
+    )

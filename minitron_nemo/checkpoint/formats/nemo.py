@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.manifest import (
     MANIFEST_FILE,
     Manifest,
+    check_listed,
     check_sizes,
     manifest_sha256,
     read_manifest,
@@ -78,6 +79,10 @@ def open_nemo(path: str | Path, *, verify: bool = False) -> NemoFolder:
             reason = f"no {name}" if path.is_dir() else "no such folder"
             raise UserError(f"{path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
     manifest = read_manifest(path, kind=KIND)
+    for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
+        if name not in manifest.files:
+            raise UserError(f"{path / MANIFEST_FILE}: does not list {name}, so nothing vouches for it; make it again")
+    check_listed(path, manifest)
     (verify_files if verify else check_sizes)(path, manifest)
     arch, dtype = _read_config(path / CONFIG_FILE)
     weights = TorchDistWeights(path / WEIGHTS, arch, source=CONFIG_FILE)

@@ -1,0 +1,232 @@
+"""Part of a tensor out of a `torch.save` payload that lies somewhere in a file, without reading the rest of it.
+
+A payload is a zip: `NAME/data.pkl` describes the tensor, `NAME/data/0` holds its elements, uncompressed and in one run.
+The description is walked opcode by opcode for the one form that `torch.save` gives a plain tensor; nothing is
+unpickled. Every other form is for `torch.load` to judge.
+"""
+
+import io
+import math
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checkpoint.geometry import Box
+
+_HEADER_LIMIT = 2**20  # bytes of zip directory and description; those of a plain tensor have about a thousand
+_DESCRIPTION_LIMIT = 4096
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LEAST_RUN = 4096  # bytes; shorter runs are read with what lies between them
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A contiguous tensor whose first element lies at byte `start` of a file."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class _TooLargeError(ValueError):
+    pass
+
+
+class _Stretch(io.RawIOBase):
+    """`length` bytes of a file from `start` on as a file of its own; gives out at most `_HEADER_LIMIT` bytes."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self.file, self.start, self.length, self.position, self.given = file, start, length, 0, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if origin + offset < 0:
+            raise ValueError("seeks before the start")
+        self.position = origin + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self.length - self.position))
+        self.given += wanted
+        if self.given > _HEADER_LIMIT:
+            raise _TooLargeError("its directory is larger than that of any tensor")
+        count = os.preadv(self.file.fileno(), [memoryview(buffer)[:wanted]], self.start + self.position)
+        self.position += count
+        return count
+
+
+def find_plain_tensor(file: BinaryIO, start: int, length: int) -> PlainTensor | None:
+    """The tensor in the payload of `length` bytes at `start`; None where only `torch.load` can tell.
+
+    Raises ValueError for what no `torch.save` makes of a tensor and what could unfold without end: compressed entries
+    and endless directories.
+    """
+    stretch = _Stretch(file, start, length)
+    # A file that is no such zip raises nearly anything; torch.load says what is wrong with it.
+    try:
+        entries = {entry.filename: entry for entry in zipfile.ZipFile(stretch).infolist()}
+    except _TooLargeError:
+        raise
+    except Exception:
+        return None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
+        raise ValueError("it is compressed, which torch.save never does")
+    try:
+        return _tensor_in(stretch, entries)
+    except Exception:
+        return None
+
+
+def _tensor_in(stretch: _Stretch, entries: dict[str, zipfile.ZipInfo]) -> PlainTensor | None:
+    name = next(name for name in entries if name.endswith("/data.pkl"))
+    folder, description = name.removesuffix("data.pkl"), entries[name]
+    if description.file_size > _DESCRIPTION_LIMIT:
+        return None
+    order = entries.get(f"{folder}byteorder")
+    if order is not None and _bytes(stretch, order) != b"little":
+        return None
+    ((dtype, key, stored), first, shape, stride), _ = _described(_bytes(stretch, description))
+    data = entries[f"{folder}data/{key}"]
+    # The stride of a dimension of size 1 is never used and may be anything.
+    contiguous = all(
+        size == 1 or step == math.prod(shape[dim + 1 :])
+        for dim, (size, step) in enumerate(zip(shape, stride, strict=True))
+    )
+    count = math.prod(shape)
+    fits = first + count <= stored and stored * dtype.itemsize <= data.file_size
+    if not (contiguous and fits and count):
+        return None
+    begin = _data_start(stretch, data)
+    if begin + stored * dtype.itemsize > stretch.length:
+        return None
+    return PlainTensor(stretch.start + begin + first * dtype.itemsize, dtype, shape)
+
+
+def _data_start(stretch: _Stretch, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin: behind its local header."""
+    stretch.seek(entry.header_offset)
+    magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stretch.read(_LOCAL_HEADER.size))
+    if magic != b"PK\x03\x04" or method != zipfile.ZIP_STORED:
+        raise ValueError("not the header of a stored entry")
+    return int(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
+
+
+def _bytes(stretch: _Stretch, entry: zipfile.ZipInfo) -> bytes:
+    """A small entry. Its CRC is not looked at: manifests have a SHA-256, and torch can leave the CRC out."""
+    stretch.seek(_data_start(stretch, entry))
+    return stretch.read(entry.file_size)
+
+
+def _described(pickled: bytes) -> Any:
+    """(((dtype, key, elements), first element, shape, stride), flags) of a pickled plain tensor.
+
+    A walk over the few opcodes that such a description has, which builds tuples of numbers and calls nothing; raises
+    for any other.
+    """
+    mark = object()
+    stack: list[Any] = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = opcode.name
+        if name in ("PROTO", "BINPUT", "STOP"):
+            continue
+        if name in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "GLOBAL"):
+            stack.append(argument)
+        elif name in ("MARK", "EMPTY_TUPLE", "NEWFALSE"):
+            stack.append({"MARK": mark, "EMPTY_TUPLE": (), "NEWFALSE": False}[name])
+        elif name == "TUPLE" or name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            size = stack[::-1].index(mark) if name == "TUPLE" else int(name[-1])
+            items = tuple(stack[len(stack) - size :])
+            del stack[len(stack) - size - (name == "TUPLE") :]
+            stack.append(items)
+        elif name == "BINPERSID":
+            _, storage, key, _, elements = stack.pop()
+            stack.append((_STORAGES[storage.removeprefix("torch ")], key, elements))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_called(stack.pop(), arguments))
+        else:
+            raise ValueError(f"a plain tensor has no {name}")
+    (result,) = stack
+    return result
+
+
+def _called(function: str, arguments: tuple[Any, ...]) -> Any:
+    if function == "collections OrderedDict" and not arguments:
+        return None  # the hooks of the tensor: none
+    if function != "torch._utils _rebuild_tensor_v2":
+        raise ValueError(f"{function} makes no plain tensor")
+    storage, first, shape, stride, *flags = arguments
+    if not all(isinstance(n, int) and n >= 0 for n in (storage[2], first, *shape, *stride)):
+        raise ValueError("sizes that are no numbers")
+    return (storage, first, tuple(shape), tuple(stride)), flags
+
+
+def read_part(file: BinaryIO, plain: PlainTensor, part: Box, out: Tensor) -> None:
+    """Fill `out`, contiguous and of the part's size, with a box of the tensor; EOFError where the file ends before.
+
+    Reads the bytes of the box alone where they lie in runs worth a call to the system, else the rows they lie in.
+    """
+    run_dim = _first_whole_dim(part, plain.shape)
+    run = math.prod(part.size[run_dim:]) * plain.dtype.itemsize
+    if run < _LEAST_RUN and math.prod(part.size[:run_dim]) > 1:
+        rows = Box(
+            (*part.offset[:run_dim], *[0] * (out.dim() - run_dim)), (*part.size[:run_dim], *plain.shape[run_dim:])
+        )
+        whole = torch.empty(rows.size, dtype=out.dtype)
+        read_part(file, plain, rows, whole)
+        out.copy_(whole[part.slices(rows.offset)])
+        return
+    target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    for index, offset in enumerate(_run_offsets(part, plain.shape, run_dim)):
+        _fill(file, target[index * run : (index + 1) * run], plain.start + offset * plain.dtype.itemsize)
+
+
+def _first_whole_dim(part: Box, shape: tuple[int, ...]) -> int:
+    """The dimension from which on the elements of the part lie in one run."""
+    dim = len(shape)
+    while dim and part.size[dim - 1] == shape[dim - 1]:
+        dim -= 1
+    return max(dim - 1, 0)
+
+
+def _run_offsets(part: Box, shape: tuple[int, ...], run_dim: int) -> Iterator[int]:
+    """The first element of every run, counted over the whole tensor."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(offset * stride for offset, stride in zip(part.offset, strides, strict=True))
+    for number in range(math.prod(part.size[:run_dim])):
+        offset = first
+        for dim in reversed(range(run_dim)):
+            number, place = divmod(number, part.size[dim])
+            offset += place * strides[dim]
+        yield offset
+
+
+def _fill(file: BinaryIO, target: memoryview, position: int) -> None:
+    """One call reads at most 2 GiB on Linux."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(file.fileno(), [target[done:]], position + done)
+        if not count:
+            raise EOFError
+        done += count

@@ -1,0 +1,154 @@
+"""Faults in manifests, publishing, fingerprints and the report."""
+
+from mutants.fault import Fault
+
+MANIFEST = "minitron_nemo/artefacts/manifest.py"
+PUBLISHING = "minitron_nemo/artefacts/publishing.py"
+SETTINGS = "minitron_nemo/steps/settings.py"
+COLLECT = "minitron_nemo/reporting/collect.py"
+TEST_MANIFEST = "tests/unit/test_manifest.py"
+TEST_REPORT = "tests/unit/test_report.py"
+FINGERPRINT = "tests/recipes/test_command_line.py -k the_fingerprint"
+
+FAULTS = [
+    Fault(
+        MANIFEST,
+        "files are not hashed when they are verified",
+        find='if file_sha256(Path(folder) / name, advance=bar.advance) != entry["sha256"]:',
+        replace="if False:",
+        tests=f"{TEST_MANIFEST} -k damaged",
+    ),
+    Fault(
+        MANIFEST,
+        "a truncated artefact is whole",
+        find='!= entry["size"]:',
+        replace="is None:",
+        tests=f"{TEST_MANIFEST} -k 'current or damaged'",
+    ),
+    Fault(
+        MANIFEST,
+        "whatever is there was made by this configuration",
+        find="return manifest.fingerprint == fingerprint",
+        replace="return True",
+        tests=f"{TEST_MANIFEST} -k current",
+    ),
+    Fault(
+        MANIFEST,
+        "an artefact of another kind is taken",
+        find="if kind is not None and manifest.kind != kind:",
+        replace="if False:",
+        tests=f"{TEST_MANIFEST} -k another_kind",
+    ),
+    Fault(
+        "minitron_nemo/artefacts/origin.py",
+        "the fingerprint ignores the parents",
+        find="fingerprint_of(kind, config, parents)",
+        replace="fingerprint_of(kind, config)",
+        tests="tests/unit/test_origin.py",
+    ),
+    Fault(
+        "minitron_nemo/artefacts/origin.py",
+        "the fingerprint changes with the order of keys",
+        find="sort_keys=True, ",
+        replace="",
+        tests=f"{TEST_MANIFEST} -k fingerprint",
+    ),
+    Fault(
+        PUBLISHING,
+        "an output is replaced without being asked",
+        find='    if not overwrite:\n        raise UserError(f"{path} exists already',
+        replace='    if False:\n        raise UserError(f"{path} exists already',
+        tests=f"{TEST_MANIFEST} -k replaced_only",
+    ),
+    Fault(
+        PUBLISHING,
+        "a folder that is no artefact is overwritten",
+        find="(path / MANIFEST_FILE).is_file())",
+        replace="True)",
+        tests=f"{TEST_MANIFEST} -k no_artefact_is_never",
+    ),
+    Fault(
+        PUBLISHING,
+        "a step that failed leaves its draft behind",
+        find="shutil.rmtree(self.folder, ignore_errors=True)",
+        replace="pass",
+        tests=f"{TEST_MANIFEST} -k failed",
+    ),
+    Fault(
+        PUBLISHING,
+        "a full disk is written to",
+        find="free < 1.1 * needed",
+        replace="free < 0",
+        tests=f"{TEST_MANIFEST} -k disk",
+    ),
+    Fault(
+        "minitron_nemo/artefacts/records.py",
+        "an evaluation made with other settings is current",
+        find='["fingerprint"] == fingerprint',
+        replace='["fingerprint"] != ""',
+        tests="tests/unit/test_origin.py",
+    ),
+    Fault(
+        SETTINGS,
+        "the precision is not in the fingerprint",
+        find='"precision": precision_of(config).value,',
+        replace="",
+        tests=FINGERPRINT,
+    ),
+    Fault(
+        SETTINGS,
+        "what is read is not in the fingerprint",
+        find="**blend.identity()",
+        replace="",
+        tests=FINGERPRINT,
+    ),
+    Fault(
+        "minitron_nemo/config/schema.py",
+        "the temperature is not in the fingerprint",
+        find='"divides both logits in the KL",',
+        replace='"divides both logits in the KL", how_it_runs=True,',
+        tests=FINGERPRINT,
+    ),
+    Fault(
+        "minitron_nemo/config/schema.py",
+        "how a step runs is in the fingerprint",
+        find="if not setting_of(known).how_it_runs",
+        replace="if True",
+        tests="tests/unit/test_config.py -k identity",
+    ),
+    Fault(
+        "minitron_nemo/data/blend.py",
+        "another corpus of the same name has the same fingerprint",
+        find="content_fingerprint(prefix) for",
+        replace="name for",
+        tests="tests/unit/test_blend_identity.py",
+    ),
+    Fault(
+        COLLECT,
+        "records come in the order of the file",
+        find="[steps[step] for step in sorted(steps)]",
+        replace="list(steps.values())",
+        tests="tests/unit/test_report_cells.py",
+    ),
+    Fault(
+        COLLECT,
+        "a metric's former name wins",
+        find="return former | {name: value for name, value in record.items() if name not in FORMER_NAMES}",
+        replace="return {name: value for name, value in record.items() if name not in FORMER_NAMES} | former",
+        tests=f"{TEST_REPORT} -k former",
+    ),
+    Fault(
+        "minitron_nemo/reporting/table.py",
+        "agreement is printed as a fraction",
+        find='".1%"',
+        replace='".1f"',
+        tests="tests/unit/test_report_cells.py",
+    ),
+    Fault(
+        "minitron_nemo/reporting/page.py",
+        "a title is not escaped",
+        find="title = escape(report.title)",
+        replace="title = report.title",
+        tests=f"{TEST_REPORT} -k escaped",
+    ),
+]
