@@ -11,12 +11,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
 MAX_VOCAB = 2**31 - 1  # what Megatron's largest dtype for tokens can hold
-JSON_LIMIT = 256 * 2**20  # bytes; the tokenizer.json of a vocabulary of a million has a tenth of it
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder}: no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there, or give "
             "another folder that has them (`python recipes/train_tokenizer.py` makes one), such as a .nemo folder"
         )
-    content = _read_json(path)
+    content = read_json_object(path)
     backend = _open_backend(path, content)
     # A tokenizer.json may carry the truncation and padding of its last use: they would cut documents.
     backend.no_truncation()
@@ -137,7 +137,7 @@ def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int 
     `which` is eos or bos. Raises UserError for one that is given and is no token of the vocabulary.
     """
     if (path := folder / "tokenizer_config.json").is_file():
-        token = _read_json(path).get(f"{which}_token")
+        token = read_json_object(path).get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             if not isinstance(token, str):
@@ -150,7 +150,7 @@ def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int 
     size = _size(backend)
     for name in ("generation_config.json", "config.json", "hf_config.json"):
         if (path := folder / name).is_file():
-            given = _read_json(path).get(f"{which}_token_id")
+            given = read_json_object(path).get(f"{which}_token_id")
             if given is None:
                 continue
             ident = given[0] if isinstance(given, list) and given else given
@@ -165,18 +165,6 @@ def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int 
 def _short(value: Any) -> str:
     text = ascii(value)
     return text if len(text) < 60 else text[:57] + "..."
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if (size := path.stat().st_size) > JSON_LIMIT:
-        raise UserError(f"{path}: {size} bytes; no tokenizer needs more than {JSON_LIMIT}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> Tokenizer:

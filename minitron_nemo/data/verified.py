@@ -32,7 +32,7 @@ def verify_once(expected: Mapping[Path, str], *, cache: Path, remedy: str) -> No
         cache.mkdir(parents=True, exist_ok=True)
         known |= {str(path.absolute()): marks[path] for path in todo}
         write_text_atomically(cache / CACHE_FILE, json.dumps(known, indent=2) + "\n")
-    except OSError:
+    except (OSError, UserError):
         return
 
 

@@ -1,10 +1,11 @@
 """How long a step takes and what it leaves on the disk, before it starts; every line says what it assumes."""
 
-import shutil
 from pathlib import Path
 
-from minitron_nemo.config.schema import Accelerator, Config, Precision, TrainingConfig
+from minitron_nemo.artefacts.disk import free_bytes
+from minitron_nemo.config.schema import Accelerator, Config, TrainingConfig
 from minitron_nemo.shape.arch import ModelArch, billions
+from minitron_nemo.steps.memory import weight_bytes
 
 # Dense bf16 FLOP/s of an H100 SXM (vendor's data sheet), and the share of it that is assumed, not measured.
 PEAK_FLOPS, PEAK_SHARE = 989e12, 0.40
@@ -49,9 +50,7 @@ def checkpoint_sizes(config: Config, training: TrainingConfig, trained: ModelArc
 
 def model_size(config: Config, arch: ModelArch) -> float:
     """Bytes of a `.nemo` folder of this shape that ranks write: bf16, but where the config says or means fp32."""
-    precision, cpu = config.trainer.precision, config.trainer.accelerator is Accelerator.cpu
-    is_fp32 = precision is Precision.fp32 or (precision is Precision.auto and cpu)
-    return (4 if is_fp32 else 2) * arch.num_params()
+    return weight_bytes(config) * arch.num_params()
 
 
 def token_bytes(vocab_size: int) -> int:
@@ -79,10 +78,7 @@ def corpora_lines(config: Config, vocab_size: int) -> list[str]:
 
 def disk_lines(config: Config, sizes: dict[str, float]) -> list[str]:
     """What is written under `run_dir`, its sum, and what is free there."""
-    folder = Path(config.run_dir).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    needed, free = sum(sizes.values()), free_bytes(config.run_dir)
     parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes.items())
     verdict = ": too little" if needed > free else ""
     return [f"  disk      {in_bytes(needed)} ({parts}); {in_bytes(free)} are free{verdict}"]

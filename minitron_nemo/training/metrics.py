@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOP1_AGREEMENT
 
@@ -52,7 +53,7 @@ class MetricsWriter:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step] if resumed_step else []
         if not resumed_step:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text_atomically(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
 
     def _lines(self) -> list[str]:

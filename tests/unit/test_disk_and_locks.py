@@ -1,6 +1,7 @@
 """One writer for each output, and a disk that refuses is one line that names the file, the need and the room."""
 
 import errno
+import json
 import os
 import re
 import resource
@@ -17,9 +18,11 @@ import torch
 from minitron_nemo.artefacts import disk
 from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.artefacts.lock import Lock, locked
+from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import begin, check_free_space, publishing
 from minitron_nemo.checkpoint.torch_dist import TorchDistWriter
+from minitron_nemo.data.verified import verify_once
 from minitron_nemo.errors import UserError
 from minitron_nemo.testing import LLAMA, random_nemo
 from minitron_nemo.training.metrics import MetricsWriter
@@ -111,6 +114,24 @@ def test_metrics_that_do_not_fit_are_one_line(tmp_path):
     metrics = MetricsWriter(tmp_path)
     with small_disk(), pytest.raises(UserError, match=f"metrics.jsonl: cannot be written: File too large; {ROOM}"):
         metrics.write(step=1, **{f"loss_{number}": 0.0 for number in range(900)})
+
+
+def test_metrics_of_a_resumed_run_are_whole_or_as_they_were(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    old = "".join(json.dumps({"step": step, "loss": 0.0}) + "\n" for step in range(1, 1001))
+    path.write_text(old)
+    with small_disk(), pytest.raises(UserError, match=f"{path}: cannot be written"):
+        MetricsWriter(tmp_path, resumed_step=900)
+    assert path.read_text() == old
+
+
+def test_where_the_cache_of_hashes_cannot_be_written_files_are_hashed_again(tmp_path):
+    files = [tmp_path / f"{number:080d}" for number in range(100)]
+    for file in files:
+        file.write_bytes(b"x")
+    with small_disk():
+        verify_once({file: file_sha256(file) for file in files}, cache=tmp_path / "cache", remedy="")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO])

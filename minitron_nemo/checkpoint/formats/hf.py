@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
@@ -35,7 +36,6 @@ CONFIG_FILE = "config.json"
 SOURCE_CONFIG_FILE = "hf_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-JSON_LIMIT = 64 * 2**20
 SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
 FINITE_BLOCK = 1 << 20  # elements
@@ -192,15 +192,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = contained_file(folder, name)
     if path is None:
         raise UserError(f"{folder} is not a Hugging Face model folder: no {name}")
-    if path.stat().st_size > JSON_LIMIT:
-        raise UserError(f"{path}: larger than {JSON_LIMIT} bytes, which no such file needs")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+    return read_json_object(path)
 
 
 def source_files(folder: str | Path) -> dict[str, Path]:
