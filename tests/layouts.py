@@ -33,9 +33,9 @@ def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | No
 
 
 @torch.no_grad()
-def whole_logits(model: HeadlessGPT, tokens_BS: Tensor, *, vocab_size: int, groups: Groups) -> Tensor:
+def whole_logits(model: HeadlessGPT, tokens_BS: Tensor, *, vocab_size: int, groups: Groups, **batch: Tensor) -> Tensor:
     """[b, s, vocabulary] on every rank: the vocabulary gathered, its padding trimmed, sent from the last stage."""
-    hidden = forward_hidden(model, [{"tokens": tokens_BS}])
+    hidden = forward_hidden(model, [{"tokens": tokens_BS, **batch}])
     logits_BSV = torch.empty(*tokens_BS.shape, vocab_size)
     if groups.is_last_stage:
         local_SBV = hidden[0] @ model.head_weight().T

@@ -18,12 +18,15 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 class Lock:
-    """The lock of `target`, held by this process until `release`: an flock on the file `.<name>.lock` beside it."""
+    """The lock of `target`, held by this process until `release`: an flock on the file `.<name>.lock` beside it.
 
-    def __init__(self, target: str | Path) -> None:
+    `purpose` tells locks of one target apart: who makes it, and who moves it into place.
+    """
+
+    def __init__(self, target: str | Path, *, purpose: str = "") -> None:
         """Raises UserError when another run holds it. The folder of `target` must be there."""
         target = Path(target)
-        self._path = target.with_name(f".{target.name}.lock")
+        self._path = target.with_name(f".{target.name}{purpose and f'.{purpose}'}.lock")
         self._file: int | None = None
         while self._file is None:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -55,9 +58,9 @@ class Lock:
 
 
 @contextmanager
-def locked(target: str | Path) -> Iterator[None]:
+def locked(target: str | Path, *, purpose: str = "") -> Iterator[None]:
     """Hold the lock of `target` while the block runs."""
-    lock = Lock(target)
+    lock = Lock(target, purpose=purpose)
     try:
         yield
     finally:

@@ -39,6 +39,11 @@ NEMO_KEYS = (
         "",
         "set model.seq_length for the longest position, and data.seq_length for a sample",
     ),
+    (
+        r"(.*\.)?reset_position_ids",
+        "",
+        "set data.reset_attention_mask: rotary positions are relative, so documents kept apart need no others",
+    ),
     (r"model\.data(\..*)?", "", "set `data` and `prepare_data`"),
     (r"model\.tokenizer(\..*)?", "", "set prepare_data.tokenizer; a .nemo folder carries its own"),
     (r"model\.(precision|seed)", "", "set trainer.precision, and seed at the top"),

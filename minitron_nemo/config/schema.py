@@ -124,6 +124,12 @@ class DataConfig:
         pattern=r"(?!0+(\.0+)?,)[0-9]{1,9}(\.[0-9]{1,9})?(,[0-9]{1,9}(\.[0-9]{1,9})?){2}",
         form="three numbers for train,validation,test such as '98,2,0', the first above 0",
     )
+    reset_attention_mask: bool = setting(  # hashed with the data that it changes
+        False,
+        "documents of one sample are kept apart: no token sees those of the documents before its own, in training, "
+        "importance and evaluation",
+        how_it_runs=True,
+    )
 
 
 @dataclass

@@ -17,7 +17,8 @@ class Blend:
     `split` gives the shares of the documents for training, validation and test, such as "98,2,0"; `cache` is where
     shuffled indices are kept; `tokenizer` and `vocab_size` are those of the model that reads. With `verify` the content
     of the files is checked, once for each file as `cache` remembers it: on the one process that speaks. `purpose` names
-    who draws training samples, such as "distill"; held-out samples are the same for all.
+    who draws training samples, such as "distill"; held-out samples are the same for all. With `reset_attention_mask`
+    no token sees those of the documents before its own.
     """
 
     weights: dict[str, float]
@@ -30,6 +31,7 @@ class Blend:
     vocab_size: int
     verify: bool = True
     purpose: str = ""
+    reset_attention_mask: bool = False
 
     @property
     def training_seed(self) -> int:
@@ -64,4 +66,6 @@ class Blend:
             split=self.split,
             seed=self.seed,
             training_seed=self.training_seed,
+            # Only where it is on, so that what was made without it stays what it is.
+            **({"reset_attention_mask": True} if self.reset_attention_mask else {}),
         )

@@ -12,10 +12,19 @@ from minitron_nemo.data.datasets import batch, build_datasets
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """`tokens` is int64 [num_samples, s]; `fingerprint` is the sha256 of exactly these tokens."""
+    """`tokens` is int64 [num_samples, s]; `fingerprint` is the sha256 of exactly these tokens.
+
+    `documents`, of the same shape, numbers each token's document in its sample; None where they are not kept apart.
+    """
 
     tokens: torch.Tensor
     fingerprint: str
+    documents: torch.Tensor | None = None
+
+    def batch(self, first: int, count: int, *, device: torch.device) -> dict[str, torch.Tensor]:
+        """A micro-batch of these samples on a device."""
+        values = {"tokens": self.tokens, "documents": self.documents}
+        return {name: x[first : first + count].to(device) for name, x in values.items() if x is not None}
 
 
 def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
@@ -27,8 +36,9 @@ def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
     own = dataclasses.replace(blend, purpose="calibration")
     train, _ = build_datasets(own, num_train=num_samples, num_valid=0)
     assert train is not None
-    tokens = batch(train, range(num_samples))["tokens"]
-    return CalibrationSet(tokens=tokens, fingerprint=tokens_fingerprint(tokens))
+    samples = batch(train, range(num_samples), documents=blend.reset_attention_mask)
+    tokens = samples["tokens"]
+    return CalibrationSet(tokens, tokens_fingerprint(tokens), samples.get("documents"))
 
 
 def tokens_fingerprint(tokens: torch.Tensor) -> str:

@@ -72,11 +72,17 @@ def build_datasets(blend: Blend, *, num_train: int, num_valid: int) -> tuple[Dat
     return build(Split.train, num_train, blend.training_seed), build(Split.valid, num_valid, blend.seed)
 
 
-def batch(dataset: Dataset, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """`tokens`, `labels` (int64) and `loss_mask` (float32) of these samples, each [b, s] on the CPU."""
+def batch(dataset: Any, indices: Sequence[int], *, documents: bool = False) -> dict[str, torch.Tensor]:
+    """`tokens`, `labels` (int64) and `loss_mask` (float32) of these samples, each [b, s] on the CPU.
+
+    And, when asked for, `documents` (int64): the number of each token's document in its sample.
+    """
     samples = [dataset[index] for index in indices]
     values = {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
     _check_ids(values, samples, dataset=dataset, indices=indices)
+    if documents:
+        is_end_BS = (values["tokens"] == dataset.config.tokenizer.eod).long()
+        values["documents"] = is_end_BS.cumsum(dim=1) - is_end_BS  # an end token belongs to what it ends
     return values
 
 
@@ -98,11 +104,14 @@ def _check_ids(
     )
 
 
-def batches_on(device: torch.device, dataset: Dataset) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """Reads micro-batches of a dataset onto a device, by (number of the first sample, count)."""
+def batches_on(
+    device: torch.device, dataset: Dataset, *, documents: bool
+) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """Reads micro-batches of a dataset onto a device, by (number of the first sample, count), as `batch` does."""
 
     def get(first: int, count: int) -> dict[str, torch.Tensor]:
-        return {name: x.to(device) for name, x in batch(dataset, range(first, first + count)).items()}
+        values = batch(dataset, range(first, first + count), documents=documents)
+        return {name: x.to(device) for name, x in values.items()}
 
     return get
 

@@ -50,6 +50,7 @@ class BuildOptions:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     gradient_accumulation_fusion: bool = False
+    reset_attention_mask: bool = False
     # Stage splits are per model, because teacher and student have their own.
     stage_layers: list[int] | None = None
 
@@ -110,10 +111,13 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _block_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, options: BuildOptions) -> ModuleSpec | TransformerBlockSubmodules:
     """What fills the slots of the layers: Transformer Engine's modules, else Megatron's with our norm and attention."""
-    if has_transformer_engine(device):
-        return get_gpt_layer_with_transformer_engine_spec()
+    if has_transformer_engine(options.groups.device):
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        if options.reset_attention_mask:  # Transformer Engine's attention goes by a mask's kind, not by its values
+            layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        return layer
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
@@ -153,7 +157,7 @@ def build_model(arch: ModelArch, options: BuildOptions) -> HeadlessGPT:
         warnings.simplefilter("ignore")  # notices of absent fused kernels; engine_choice() says it in one line
         model = HeadlessGPT(
             config=config,
-            transformer_layer_spec=_block_spec(config, groups.device),
+            transformer_layer_spec=_block_spec(config, options),
             vocab_size=groups.layout.padded_vocab_size(arch),
             max_sequence_length=arch.seq_length,
             pre_process=groups.is_first_stage,

@@ -8,10 +8,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minitron_nemo.engine.attention import mask_apart
 from minitron_nemo.engine.model import HeadlessGPT
 from minitron_nemo.losses.output import TOKENS, LossOutput
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each; documents where they are kept apart
 GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
 # (the model, its hidden states [s, b, h], the micro-batch, its context) -> the loss; called on the last stage only
 GetLoss = Callable[[HeadlessGPT, Tensor, Batch, Any], LossOutput]
@@ -116,7 +117,8 @@ def forward_hidden(model: Any, batches: list[Batch]) -> list[Tensor]:
 def _forward(model: Any, batch: Batch) -> Tensor:
     tokens = batch["tokens"]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return model(tokens, positions, None)
+    documents = batch.get("documents")
+    return model(tokens, positions, None if documents is None else mask_apart(documents))
 
 
 def _schedule(

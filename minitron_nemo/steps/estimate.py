@@ -31,7 +31,6 @@ def estimate_importance(
         progress(num_samples, "importance", unit="sample", enabled=groups.is_main) as bar,
     ):
         for some in calls(share.first_samples(groups.dp_rank), stages=groups.layout.pp):
-            tokens = [calibration.tokens[first : first + micro_batch_size].to(groups.device) for first in some]
-            forward_hidden(model, [{"tokens": part} for part in tokens])
+            forward_hidden(model, [calibration.batch(first, micro_batch_size, device=groups.device) for first in some])
             bar.advance(len(some) * micro_batch_size * groups.layout.dp)
     return statistics.finish(batch_aggregation, data_fingerprint=calibration.fingerprint)

@@ -34,7 +34,7 @@ def evaluate_model(
     return evaluate(
         model.eval(),
         objective,
-        batch=batches_on(groups.device, held_out),
+        batch=batches_on(groups.device, held_out, documents=blend.reset_attention_mask),
         num_samples=num_samples,
         micro_batch_size=micro_batch_size,
         groups=groups,

@@ -6,10 +6,14 @@ needs.
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from minitron_nemo.artefacts.disk import writing
+from minitron_nemo.artefacts.lock import locked
 from minitron_nemo.config.schema import Config
-from minitron_nemo.steps.step import Recipe, logger
+from minitron_nemo.distributed.ranks import is_main_process
+from minitron_nemo.steps.step import Job, Recipe, logger
 
 
 def execute(recipe: Recipe, config: Config) -> bool:
@@ -27,7 +31,18 @@ def execute(recipe: Recipe, config: Config) -> bool:
         return False
     job.check_output()
     started = time.monotonic()
-    with writing(job.output):
+    with writing(job.output), _alone(job):
         recipe.start(config, job)
     logger.info(f"{recipe.name}: wrote {job.output} in {time.monotonic() - started:.0f} s")
     return True
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Keep other runs of the step from making the same output meanwhile; hours later would be late to find out."""
+    if not is_main_process():
+        yield
+        return
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(job.output, purpose="step"):
+        yield

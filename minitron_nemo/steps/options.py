@@ -23,5 +23,6 @@ def build_options(config: Config, groups: Groups, *, stages: list[int] | None = 
         distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce,
         gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
+        reset_attention_mask=config.data.reset_attention_mask,
         stage_layers=stages,
     )

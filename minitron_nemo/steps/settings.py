@@ -39,6 +39,7 @@ def blend_for(
         vocab_size=model.arch.vocab_size,
         verify=is_main_process(),
         purpose=purpose,
+        reset_attention_mask=config.data.reset_attention_mask,
     )
 
 

@@ -96,10 +96,9 @@ class CheckpointFolder:
 
     def resume(self, state: TrainState) -> None:
         """Restore the newest whole checkpoint of this run; nothing when there is none. Collective."""
-        found = self.groups.share_json(self._newest() if self.groups.is_main else None)[0]
-        if found is None:
+        folder = self._newest()
+        if folder is None:
             return
-        folder = Path(found)
         manifest = read_manifest(folder, kind=KIND)
         if (layout := manifest.extra["layout"]) != self.layout:
             raise UserError(
@@ -119,17 +118,26 @@ class CheckpointFolder:
     def _all_steps(self) -> list[Path]:
         return sorted(self.path.glob("step_" + "[0-9]" * 8))
 
-    def _newest(self) -> str | None:
-        """The newest checkpoint whose every file has the right hash; what is passed over is named."""
-        own = self.steps()
-        if others := [folder.name for folder in self._all_steps() if folder not in own]:
+    def _newest(self) -> Path | None:
+        """The newest checkpoint whose every file has the right hash; what is passed over is named. Collective."""
+        own = self.steps() if self.groups.is_main else []
+        if self.groups.is_main and (others := [folder.name for folder in self._all_steps() if folder not in own]):
             logger.warning(f"{self.path}: {', '.join(others)} of another configuration: neither resumed nor removed")
-        for folder in reversed(own):
-            try:
-                verify_files(folder, read_manifest(folder, kind=KIND))
-                return str(folder)
-            except UserError as error:
-                logger.warning(f"{error}; trying an older checkpoint")
+        for name in reversed(self.groups.share_json([folder.name for folder in own])[0]):
+            found = [damage for damage in self.groups.share_json(self._damage(self.path / name)) if damage is not None]
+            if not found:
+                return self.path / name
+            if self.groups.is_main:
+                logger.warning(f"{found[0]}; trying an older checkpoint")
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with this rank's share of the files, the optimizer's being many and large."""
+        try:
+            manifest = read_manifest(folder, kind=KIND)
+            verify_files(folder, manifest, part=self.groups.rank, parts=self.groups.layout.world_size)
+        except UserError as error:
+            return str(error)
         return None
 
 

@@ -21,6 +21,7 @@ from minitron_nemo.progress import ProgressReporter, progress
 from minitron_nemo.training.checkpoints import CheckpointFolder
 from minitron_nemo.training.metrics import MetricsWriter, in_words, peak_flops
 from minitron_nemo.training.objectives import Objective, batch_sums, means
+from minitron_nemo.training.read_ahead import ReadAhead
 from minitron_nemo.training.state import Position, TrainState
 from minitron_nemo.training.watch import watching
 
@@ -68,8 +69,9 @@ def train(run: TrainingRun, state: TrainState, objective: Objective) -> None:
             closing(metrics),
             watching(lambda: position.step, groups=run.groups, seconds=run.warn_after_seconds),
             steps as bar,
+            ReadAhead(lambda start: _micro_batches(run, run.train_batch, start)) as ahead,
         ):
-            _train(run, state, objective, metrics=metrics, bar=bar, asked=asked)
+            _train(run, state, objective, ahead=ahead, metrics=metrics, bar=bar, asked=asked)
 
 
 def _train(
@@ -77,6 +79,7 @@ def _train(
     state: TrainState,
     objective: Objective,
     *,
+    ahead: ReadAhead[list[Batch]],
     metrics: MetricsWriter,
     bar: ProgressReporter,
     asked: Callable[[], bool],
@@ -88,7 +91,8 @@ def _train(
     saved = time.monotonic()
     while position.step < config.max_steps:
         started = time.monotonic()
-        record = train_step(run, state, objective)
+        batches = ahead.take(position.consumed_samples, then=_samples_after(position, config))
+        record = train_step(run, state, objective, batches)
         seconds.append(time.monotonic() - started)
         bar.advance(loss=record[LOSS])
         is_last = position.step == config.max_steps
@@ -126,10 +130,17 @@ def _saves_left(run: TrainingRun, step: int) -> int:
     return max(0, by_steps - before) + (config.save_every_n_minutes > 0)
 
 
-def train_step(run: TrainingRun, state: TrainState, objective: Objective) -> dict[str, float]:
-    """One global batch: forward, backward, clip, step. Moves the position on and returns the record of the step."""
+def _samples_after(position: Position, config: TrainingConfig) -> int | None:
+    """Where the batches of the step after this one begin; None with the last."""
+    return position.consumed_samples + config.global_batch_size if position.step + 1 < config.max_steps else None
+
+
+def train_step(run: TrainingRun, state: TrainState, objective: Objective, batches: list[Batch]) -> dict[str, float]:
+    """One global batch: forward, backward, clip, step. Moves the position on and returns the record of the step.
+
+    `batches` are this data-parallel rank's micro-batches of it.
+    """
     position = state.position
-    batches = _micro_batches(run, run.train_batch, position.consumed_samples)
     learning_rate = state.learning_rate
     state.zero_gradients()
     sums = batch_sums(state.model, batches, objective, groups=run.groups, train=True)

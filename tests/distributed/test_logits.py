@@ -1,5 +1,7 @@
 """An imported model says what transformers says, under every layout, and saving it changes no bit."""
 
+import itertools
+
 import pytest
 import torch
 from hf_models import LLAMA3_ROPE, save_tiny_hf
@@ -23,11 +25,12 @@ MODELS = {
 }
 
 
-def logits_of_hf(groups, folder, tokens):
+def logits_of_hf(groups, folder, tokens, documents=None):
     source = open_hf(folder)
     model = build_model(source.arch, BuildOptions(groups=groups))
     load_weights(model, source.weights, groups)
-    return whole_logits(model, tokens, vocab_size=source.arch.vocab_size, groups=groups).numpy()
+    apart = {} if documents is None else {"documents": documents}
+    return whole_logits(model, tokens, vocab_size=source.arch.vocab_size, groups=groups, **apart).numpy()
 
 
 CHECKED = {"alone": ALONE, **{name: LAYOUTS[name] for name in ("tp2", "tp2_sp", "pp2", "tp2_pp2")}}
@@ -71,6 +74,22 @@ def test_a_hugging_face_folder_is_a_source_like_any_other(imported):
     path, tokens, wanted = imported["llama"]
     logits = run_layout(logits_of_hf, LAYOUTS["tp2"], path.with_name("llama_hf"), tokens)
     torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2_sp", "pp2"])
+def test_documents_kept_apart_are_what_each_is_alone(layout, imported):
+    """Of three in a sample; positions are not reset, and need not be: rotary embeddings are relative."""
+    from transformers import AutoModelForCausalLM
+
+    path, tokens, together = imported["llama"]
+    ends = [0, 20, 21, 48]
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(ends).diff()).expand_as(tokens)
+    theirs = AutoModelForCausalLM.from_pretrained(path.with_name("llama_hf"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        alone = [theirs(tokens[:, start:end]).logits for start, end in itertools.pairwise(ends)]
+    logits = torch.from_numpy(run_layout(logits_of_hf, CHECKED[layout], path.with_name("llama_hf"), tokens, documents))
+    torch.testing.assert_close(logits, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+    assert (logits - together)[:, 20:].abs().max() > 1e-2, "documents that mix would look the same"
 
 
 def test_the_comparison_notices_a_wrong_rotary_scaling(imported, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from layouts import ORIGIN, assert_same_weights, load_model, samples
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
@@ -36,6 +37,19 @@ class PowerCutError(Exception):
     """What stops a run half-way through a step."""
 
 
+class AskedToStop(LanguageModelObjective):
+    """During step `asked_in` of the run somebody asks this rank to stop."""
+
+    def __init__(self, head, state, asked_in):
+        super().__init__(head)
+        self.state, self.asked_in = state, asked_in
+
+    def contexts(self, batches):
+        if torch.is_grad_enabled() and self.state.position.step + 1 == self.asked_in:
+            stopping._requests.stop()
+        return super().contexts(batches)
+
+
 def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CONFIG):
     """Train `path` in `folder`, which a former run may have left unfinished; returns the log's lines on rank 0."""
     lines = []
@@ -55,13 +69,9 @@ def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CO
         layout=layout_in_words(BuildOptions(groups=groups)), keep=CONFIG.keep_latest_k,
     )  # fmt: skip
 
-    is_last_rank = groups.rank == groups.layout.world_size - 1
-
     def train_batch(first, count):
         if stop_in is not None and first >= (stop_in - 1) * CONFIG.global_batch_size:
             raise PowerCutError
-        if asked_in is not None and first >= (asked_in - 1) * CONFIG.global_batch_size and is_last_rank:
-            stopping._requests.stop()
         return samples(arch, first=first, count=count, seq_length=SEQ_LENGTH)
 
     run = TrainingRun(
@@ -71,8 +81,9 @@ def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CO
         seq_length=SEQ_LENGTH, flops_per_token=1.0, log_every_n_steps=1,
     )  # fmt: skip
     head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, group=groups.tp)
+    asks = asked_in if groups.rank == groups.layout.world_size - 1 else None
     try:
-        train(run, state, LanguageModelObjective(head))
+        train(run, state, AskedToStop(head, state, asks))
     except StoppedError as stop:
         return [*lines, str(stop)]
     except PowerCutError:

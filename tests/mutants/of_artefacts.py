@@ -14,9 +14,23 @@ FAULTS = [
     Fault(
         MANIFEST,
         "files are not hashed when they are verified",
-        find='if file_sha256(Path(folder) / name, advance=bar.advance) != entry["sha256"]:',
+        find='if file_sha256(Path(folder) / name, advance=bar.advance) != manifest.files[name]["sha256"]:',
         replace="if False:",
         tests=f"{TEST_MANIFEST} -k damaged",
+    ),
+    Fault(
+        MANIFEST,
+        "of processes that share the reading, each reads the same files",
+        find="by_size[part::parts]",
+        replace="by_size[::parts]",
+        tests=f"{TEST_MANIFEST} -k share",
+    ),
+    Fault(
+        "minitron_nemo/steps/execute.py",
+        "two runs make one output at once",
+        find='    with locked(job.output, purpose="step"):\n        yield',
+        replace="    yield",
+        tests="tests/unit/test_disk_and_locks.py -k same_output",
     ),
     Fault(
         MANIFEST,

@@ -134,4 +134,45 @@ FAULTS = [
         replace="if low >= 0 and high <= vocab_size:",
         tests="tests/unit/test_corpus_damage.py",
     ),
+    Fault(
+        "minitron_nemo/data/datasets.py",
+        "an end token belongs to the document after it",
+        find="is_end_BS.cumsum(dim=1) - is_end_BS",
+        replace="is_end_BS.cumsum(dim=1)",
+        tests="tests/unit/test_calibration.py -k documents",
+    ),
+    Fault(
+        "minitron_nemo/engine/attention.py",
+        "documents that are kept apart see those before them",
+        find="is_later_SS | is_other_BSS",
+        replace="is_later_SS | (is_other_BSS & is_later_SS)",
+        tests="tests/distributed/test_logits.py -k 'apart and alone'",
+    ),
+    Fault(
+        "minitron_nemo/engine/attention.py",
+        "documents that are kept apart see what comes later",
+        find="is_later_SS | is_other_BSS",
+        replace="is_other_BSS",
+        tests="tests/distributed/test_logits.py -k 'apart and alone'",
+    ),
+    *(
+        Fault(
+            f"minitron_nemo/steps/{step}.py",
+            f"documents are not kept apart in {what}",
+            find=f"({device}, {split}, documents=blend.reset_attention_mask)",
+            replace=f"({device}, {split}, documents=False)",
+            tests="tests/distributed/test_documents_apart.py",
+        )
+        for step, what, device, split in (
+            ("train", "training", "groups.device", "train_data"),
+            ("evaluate", "evaluation", "groups.device", "held_out"),
+        )
+    ),
+    Fault(
+        "minitron_nemo/data/calibration.py",
+        "documents are not kept apart in importance",
+        find='{"tokens": self.tokens, "documents": self.documents}',
+        replace='{"tokens": self.tokens}',
+        tests="tests/unit/test_calibration.py -k documents",
+    ),
 ]

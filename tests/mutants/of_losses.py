@@ -135,7 +135,7 @@ FAULTS = [
     Fault(
         "minitron_nemo/engine/attention.py",
         "attention sees the future",
-        find="is_causal=True",
+        find="is_causal=attention_mask is None",
         replace="is_causal=False",
         tests=LOGITS,
     ),

@@ -18,8 +18,8 @@ FAULTS = [
     Fault(
         LOOP,
         "every step takes the first samples again",
-        find="run.train_batch, position.consumed_samples)",
-        replace="run.train_batch, 0)",
+        find="ahead.take(position.consumed_samples,",
+        replace="ahead.take(0,",
         tests=f"{COVER} -k 'every_global_batch and not pp2'",
     ),
     Fault(
@@ -67,8 +67,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/steps/train.py",
         "validation reads training samples",
-        find="valid_batch=batches_on(groups.device, valid_data)",
-        replace="valid_batch=batches_on(groups.device, train_data)",
+        find="valid_batch=batches_on(groups.device, valid_data,",
+        replace="valid_batch=batches_on(groups.device, train_data,",
         tests=STEPS,
     ),
     Fault(
@@ -164,9 +164,23 @@ FAULTS = [
     Fault(
         CHECKPOINTS,
         "a damaged training checkpoint is resumed from",
-        find="verify_files(folder, read_manifest(folder, kind=KIND))",
-        replace="read_manifest(folder, kind=KIND)",
+        find="            verify_files(folder, manifest, part",
+        replace="            check_sizes(folder, manifest) if True else verify_files(folder, manifest, part",
         tests=RESUME,
+    ),
+    Fault(
+        CHECKPOINTS,
+        "only the damage that rank 0 finds counts",
+        find="if not found:",
+        replace="if not found or self._damage(self.path / name) is None:",
+        tests=f"{TEST_CHECKPOINTS} -k another_rank",
+    ),
+    Fault(
+        "minitron_nemo/training/read_ahead.py",
+        "what was read ahead is given whatever is asked for",
+        find="waiting is not None and waiting[0] == start",
+        replace="waiting is not None",
+        tests="tests/unit/test_read_ahead.py",
     ),
     Fault(
         CHECKPOINTS,

@@ -47,6 +47,21 @@ def test_calibration_does_not_begin_as_training_with_the_same_seed(blend):
     assert not torch.equal(batch(train, range(24))["tokens"], calibration_set(blend, num_samples=24).tokens)
 
 
+def test_the_documents_of_a_sample_are_numbered_where_they_are_kept_apart(blend):
+    """An end token belongs to the document that it ends; the next token begins another."""
+    apart, together = (
+        calibration_set(replace(blend, reset_attention_mask=apart), num_samples=24) for apart in (True, False)
+    )
+    assert torch.equal(apart.tokens, together.tokens)
+    assert together.documents is None
+    for tokens, documents in zip(apart.tokens.tolist(), apart.documents.tolist(), strict=True):
+        assert documents == [tokens[:place].count(blend.tokenizer.eod) for place in range(16)]
+    assert apart.documents.max() >= 1, "no sample has two documents: nothing was tested"
+    two = apart.batch(3, 2, device=torch.device("cpu"))
+    assert torch.equal(two["documents"], apart.documents[3:5])
+    assert together.batch(3, 2, device=torch.device("cpu")).keys() == {"tokens"}
+
+
 def test_the_fingerprint_sees_every_token_and_the_shape_but_not_the_type():
     tokens = torch.arange(12).reshape(3, 4)
     changed = tokens.clone()

@@ -24,6 +24,8 @@ from minitron_nemo.artefacts.publishing import begin, check_free_space, publishi
 from minitron_nemo.checkpoint.torch_dist import TorchDistWriter
 from minitron_nemo.data.verified import verify_once
 from minitron_nemo.errors import UserError
+from minitron_nemo.steps.execute import execute
+from minitron_nemo.steps.step import Job, Recipe
 from minitron_nemo.testing import LLAMA, random_nemo
 from minitron_nemo.training.metrics import MetricsWriter
 from minitron_nemo.training.optimizer_state import write_optimizer
@@ -191,6 +193,23 @@ def test_of_two_writers_the_second_is_refused_by_name_and_the_first_goes_on(tmp_
         assert (draft.folder / "x").read_text() == "first", "the draft of a run that lives is left alone"
     assert [path.name for path in tmp_path.iterdir()] == ["model.nemo"]
     assert (target / "x").read_text() == "first"
+
+
+def test_of_two_runs_of_a_step_with_the_same_output_the_second_is_refused_before_it_works(tmp_path):
+    """Also where the output appears at the end, as scores and evaluations do."""
+    job = Job(tmp_path / "eval" / "student.json", "evaluation", {}, is_record=True)
+    began = []
+
+    def run(config, job):
+        began.append(job)
+        if len(began) == 1:
+            execute(recipe, config)
+
+    recipe, config = Recipe("evaluate", lambda config: job, run), SimpleNamespace(dry_run=False, overwrite=False)
+    with pytest.raises(UserError, match=r"student\.json: another run is writing it \(process \d+ on .*\)"):
+        execute(recipe, config)
+    assert len(began) == 1
+    assert list(job.output.parent.iterdir()) == []
 
 
 def test_other_outputs_are_not_locked(tmp_path):

@@ -118,6 +118,26 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
         m.verify_files(path, m.read_manifest(path, kind="data"))
 
 
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_processes_that_share_the_reading_find_each_damage_once(tmp_path, parts):
+    path = tmp_path / "data"
+    with p.publishing(path, kind="data", origin=Origin("f")) as draft:
+        for number in range(4):
+            (draft.folder / f"{number}.bin").write_bytes(bytes(number + 1))
+    manifest = m.read_manifest(path, kind="data")
+    for number in range(4):
+        (path / f"{number}.bin").write_bytes(b"x" * (number + 1))
+        found = []
+        for part in range(parts):
+            try:
+                m.verify_files(path, manifest, part=part, parts=parts)
+            except UserError as error:
+                found.append(str(error))
+        assert len(found) == 1
+        assert f"{number}.bin: damaged" in found[0]
+        (path / f"{number}.bin").write_bytes(bytes(number + 1))
+
+
 @pytest.mark.parametrize("name", ["z.txt", "sub/z.bin", "sub/.metadata", "deeper/x"])
 def test_a_file_that_is_not_listed_is_refused_by_name(tmp_path, name):
     path = tmp_path / "data"

@@ -24,10 +24,33 @@ def test_only_checkpoints_of_the_same_configuration_are_resumed_or_removed(tmp_p
     for step, fingerprint in ((100, "new"), (1000, "old"), (2000, "old"), (200, "new")):
         publish(tmp_path, step, fingerprint)
     (tmp_path / "step_00000300.tmp-abcd").mkdir()  # what a kill leaves
-    checkpoints = CheckpointFolder(tmp_path, "new", LLAMA, groups=None, layout="alone")
+    checkpoints = CheckpointFolder(tmp_path, "new", LLAMA, groups=Groups(), layout="alone")
     assert [folder.name for folder in checkpoints.steps()] == ["step_00000100", "step_00000200"]
-    assert checkpoints._newest() == str(tmp_path / "step_00000200")
+    assert checkpoints._newest() == tmp_path / "step_00000200"
     assert "step_00001000, step_00002000 of another configuration" in caplog.text
+
+
+def test_damage_that_another_rank_finds_counts(tmp_path, caplog):
+    """Each rank reads a share of the files; all must take the same checkpoint."""
+
+    class Groups2(Groups):
+        def share_json(self, value):
+            """What two ranks share when the other finds damage in the newest alone."""
+            newest = isinstance(value, list) or "step_00000200" in asked[-1]
+            return [value] if isinstance(value, list) else [value, "optimizer_00001: damaged" if newest else None]
+
+    asked = []
+
+    class Watched(CheckpointFolder):
+        def _damage(self, folder):
+            asked.append(str(folder))
+            return super()._damage(folder)
+
+    for step in (100, 200):
+        publish(tmp_path, step, "f")
+    checkpoints = Watched(tmp_path, "f", LLAMA, groups=Groups2(), layout="alone")
+    assert checkpoints._newest() == tmp_path / "step_00000100"
+    assert "optimizer_00001: damaged; trying an older checkpoint" in caplog.text
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

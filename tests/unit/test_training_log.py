@@ -22,7 +22,7 @@ def messages_of(tmp_path, monkeypatch, caplog, *, groups=None, done=0, **trainin
     now = [0.0]
     monkeypatch.setitem(progress._Lines.__init__.__kwdefaults__, "clock", lambda: now[0])
 
-    def step(run, state, objective):
+    def step(run, state, objective, batches):
         now[0] += 1.0
         state.position.advance(samples=2, tokens=16)
         return {**LOSSES, "learning_rate": 1e-4, "grad_norm": 1.0, "consumed_tokens": state.position.consumed_tokens}
@@ -41,7 +41,7 @@ def messages_of(tmp_path, monkeypatch, caplog, *, groups=None, done=0, **trainin
         groups=groups or Groups(),
         checkpoints=checkpoints,
         logs=tmp_path,
-        train_batch=None,
+        train_batch=lambda first, count: {},
         valid_batch=None,
         seq_length=8,
         flops_per_token=1.0,
