@@ -45,8 +45,11 @@ def _check_model(model: ModelConfig, name: str) -> None:
 
 def check_ranks(config: Config) -> Layout:
     """The layout of a step that runs on ranks, refused where the settings of the ranks do not fit together."""
-    layout = config.layout
+    layout, parallel = config.layout, config.parallel
     layout.check_sequence(config.data.seq_length)
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and getattr(parallel, name) is False:
+            raise UserError(f"parallel.{name}=false: parallel.overlap_param_gather=true needs it; leave it out")
     return layout
 
 

@@ -89,7 +89,22 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = setting(True, "share optimizer state over data-parallel ranks", how_it_runs=True)
     overlap_grad_reduce: bool | None = setting(
-        None, "reduce gradients over data-parallel ranks during the backward pass; null: on GPUs", how_it_runs=True
+        None,
+        "reduce gradients over data-parallel ranks during the backward pass; null: on GPUs, and with "
+        "`overlap_param_gather`",
+        how_it_runs=True,
+    )
+    overlap_param_gather: bool = setting(
+        False,
+        "gather what other ranks updated during the forward pass; needs `use_distributed_optimizer` and "
+        "`overlap_grad_reduce`",
+        how_it_runs=True,
+    )
+    ddp_bucket_size: int | None = count(
+        None,
+        "whose gradients and values cross at a time where that overlaps; null: Megatron's, 40 million or more",
+        unit="parameters",
+        how_it_runs=True,
     )
     gradient_accumulation_fusion: bool = setting(
         False,

@@ -49,6 +49,8 @@ class BuildOptions:
     recompute_activations: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    ddp_bucket_size: int | None = None
     gradient_accumulation_fusion: bool = False
     reset_attention_mask: bool = False
     # Stage splits are per model, because teacher and student have their own.
@@ -131,6 +133,19 @@ class HeadlessGPT(GPTModel):
     micro-batch never exist (docs/architecture.md, "The teacher emits hidden states").
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # Called, not read: where ranks gather parameters during the forward pass, the call waits for the head's.
+            self.output_layer.forward = self._shared_or_own_weight
+
+    def _shared_or_own_weight(self) -> Tensor:
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
             # Gathers the sequence; its backward sums the partial gradients of the ranks and scatters them.
@@ -141,11 +156,7 @@ class HeadlessGPT(GPTModel):
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the output head, [padded vocabulary / tp, h]; last stage only."""
-        return (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        return self.output_layer()
 
 
 def build_model(arch: ModelArch, options: BuildOptions) -> HeadlessGPT:

@@ -9,25 +9,36 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_nemo.config.schema import OptimConfig
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import BuildOptions, HeadlessGPT
+from minitron_nemo.engine.schedule import unwrap
 
 
-def wrap_data_parallel(
-    model: HeadlessGPT, *, distributed_optimizer: bool, overlap_grad_reduce: bool = False
-) -> DistributedDataParallel:
+def wrap_data_parallel(model: HeadlessGPT, options: BuildOptions) -> DistributedDataParallel:
     """The model in Megatron's data-parallel wrapper; gradients reduce in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=overlap_grad_reduce,
+        use_distributed_optimizer=options.distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        bucket_size=options.ddp_bucket_size,
         average_in_collective=False,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
-    if overlap_grad_reduce:
+    if options.overlap_grad_reduce:
         # Without it the schedule would start the reduction with every micro-batch.
         model.config.no_sync_func = wrapped.no_sync
     return wrapped
+
+
+def whole(model: Any) -> HeadlessGPT:
+    """The GPT inside its wrapper with every parameter as the last step left it, on all ranks. Collective.
+
+    Where ranks gather parameters during the forward pass, those that others updated are old until the next one.
+    """
+    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+    return unwrap(model)
 
 
 def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, *, distributed_optimizer: bool) -> Any:

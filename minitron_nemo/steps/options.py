@@ -16,12 +16,17 @@ def build_options(config: Config, groups: Groups, *, stages: list[int] | None = 
     parallel, on_gpu = config.parallel, groups.device.type == "cuda"
     if parallel.gradient_accumulation_fusion and not on_gpu:
         raise UserError("parallel.gradient_accumulation_fusion=true: needs a GPU; leave it false on the CPU")
+    overlap = parallel.overlap_grad_reduce
+    if overlap is None:
+        overlap = on_gpu or parallel.overlap_param_gather
     return BuildOptions(
         groups=groups,
         dtype=DTYPES[precision_of(config)],
         recompute_activations=parallel.recompute_activations,
         distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=parallel.overlap_param_gather,
+        ddp_bucket_size=parallel.ddp_bucket_size,
         gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         reset_attention_mask=config.data.reset_attention_mask,
         stage_layers=stages,

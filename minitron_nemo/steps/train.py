@@ -47,13 +47,7 @@ def train_model(
     )
     assert train_data is not None
     assert valid_data is not None
-    state = TrainState.start(
-        model,
-        training.optim,
-        max_steps=training.max_steps,
-        distributed_optimizer=options.distributed_optimizer,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-    )
+    state = TrainState.start(model, training.optim, max_steps=training.max_steps, options=options)
     logger.info(engine_choice(groups.device, options.dtype, state.optimizer))
     run = TrainingRun(
         name=name,

@@ -23,6 +23,7 @@ from minitron_nemo.checkpoint.formats.nemo import KIND as MODEL
 from minitron_nemo.checkpoint.formats.nemo import WEIGHTS, describe_folder, model_facts
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights
 from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.optimizer import whole
 from minitron_nemo.engine.schedule import unwrap
 from minitron_nemo.engine.weights import load_weights, write_weights
 from minitron_nemo.errors import UserError
@@ -193,7 +194,7 @@ def _publishing_weights(
         if draft:
             (folder / WEIGHTS).mkdir()
         written = groups.share_json(own)
-        hashes = write_weights(folder / WEIGHTS, unwrap(model), arch, groups)
+        hashes = write_weights(folder / WEIGHTS, whole(model), arch, groups)
         if draft:
             for part in written:
                 draft.hashes.update(part)

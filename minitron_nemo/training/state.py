@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_nemo.config.schema import OptimConfig
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import BuildOptions, HeadlessGPT
 from minitron_nemo.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 
 
@@ -33,20 +33,10 @@ class TrainState:
     position: Position = field(default_factory=Position)
 
     @classmethod
-    def start(
-        cls,
-        model: HeadlessGPT,
-        optim: OptimConfig,
-        *,
-        max_steps: int,
-        distributed_optimizer: bool,
-        overlap_grad_reduce: bool = False,
-    ) -> "TrainState":
+    def start(cls, model: HeadlessGPT, optim: OptimConfig, *, max_steps: int, options: BuildOptions) -> "TrainState":
         """The state before the first step of a model whose weights are loaded."""
-        wrapped = wrap_data_parallel(
-            model, distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap_grad_reduce
-        )
-        optimizer = build_optimizer(wrapped, optim, distributed_optimizer=distributed_optimizer)
+        wrapped = wrap_data_parallel(model, options)
+        optimizer = build_optimizer(wrapped, optim, distributed_optimizer=options.distributed_optimizer)
         return cls(wrapped, optimizer, build_schedule(optimizer, optim, max_steps=max_steps))
 
     def zero_gradients(self) -> None:

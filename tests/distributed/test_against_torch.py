@@ -38,6 +38,7 @@ TRAINING = TrainingConfig(
     max_steps=6, global_batch_size=8, micro_batch_size=2, optim=OPTIM, val_check_interval=3, limit_val_batches=2,
     save_every_n_steps=0,
 )  # fmt: skip
+BUCKET = 3000  # parameters: several for a model, the head's its own
 MICRO = TRAINING.micro_batch_size
 VALIDATED = TRAINING.limit_val_batches * TRAINING.global_batch_size
 # What is minimized: the weight of the divergence, that of the cross-entropy, and the temperature.
@@ -57,7 +58,10 @@ def objective_of(name: str, world: World, options: BuildOptions):
 def train_all(groups, world: World, folder: Path) -> None:
     """Train under each objective by the library's own step: logs and the trained model, by name, under `folder`."""
     training_step.build_datasets = datasets_with_holes
-    options = BuildOptions(groups=groups)
+    overlap = groups.layout.dp > 1
+    options = BuildOptions(
+        groups=groups, overlap_grad_reduce=overlap, overlap_param_gather=overlap, ddp_bucket_size=BUCKET
+    )
     for name in OBJECTIVES:
         training_step.train_model(
             open_nemo(world.nemo["student"]), folder / f"{name}.nemo",
@@ -77,7 +81,8 @@ def differentiate_all(groups, world: World, folder: Path, samples: dict[str, Ten
     for name in OBJECTIVES:
         model = build_model(source.arch, options)
         load_weights(model, source.weights, groups)
-        state = TrainState.start(model, OPTIM, max_steps=TRAINING.max_steps, distributed_optimizer=False)
+        plain = dataclasses.replace(options, distributed_optimizer=False)
+        state = TrainState.start(model, OPTIM, max_steps=TRAINING.max_steps, options=plain)
         state.zero_gradients()
         batch_sums(state.model, batches, objective_of(name, world, options), groups=groups, train=True)
         for parameter in state.model.parameters():

@@ -39,7 +39,8 @@ def config_of(layout: Layout, *, recompute: bool = False) -> tuple[Config, Train
 def allocated(groups: Groups, path) -> list[dict[str, int]]:
     """For every rank the stage, and the bytes of weights, gradients and optimizer after a step."""
     arch = open_nemo(path).arch
-    state = TrainState.start(load_model(path, groups), OptimConfig(), max_steps=3, distributed_optimizer=False)
+    options = BuildOptions(groups=groups, distributed_optimizer=False)
+    state = TrainState.start(load_model(path, groups), OptimConfig(), max_steps=3, options=options)
     batch = samples(arch, first=0, count=MICRO, seq_length=SEQ)
     head = HeadLoss(vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, group=groups.tp)
     state.zero_gradients()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import ORIGIN, assert_same_weights, load_model, samples
+from layouts import ORIGIN, assert_same_weights, load_model, samples, weights_of
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.config.schema import OptimConfig, TrainingConfig
@@ -50,7 +50,7 @@ class AskedToStop(LanguageModelObjective):
         return super().contexts(batches)
 
 
-def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CONFIG):
+def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CONFIG, overlap=None):
     """Train `path` in `folder`, which a former run may have left unfinished; returns the log's lines on rank 0."""
     lines = []
     handler = logging.Handler()
@@ -60,13 +60,15 @@ def run_training(groups, path, folder, *, stop_in=None, asked_in=None, config=CO
     log.addHandler(handler)
     source = open_nemo(path)
     arch = source.arch
-    state = TrainState.start(
-        load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, distributed_optimizer=True
+    overlap = groups.layout.dp > 1 if overlap is None else overlap
+    options = BuildOptions(
+        groups=groups, overlap_grad_reduce=overlap, overlap_param_gather=overlap, ddp_bucket_size=3000
     )
+    state = TrainState.start(load_model(path, groups), CONFIG.optim, max_steps=CONFIG.max_steps, options=options)
 
     checkpoints = CheckpointFolder(
         folder / "checkpoints", "same run", arch, groups,
-        layout=layout_in_words(BuildOptions(groups=groups)), keep=CONFIG.keep_latest_k,
+        layout=layout_in_words(options), keep=CONFIG.keep_latest_k,
     )  # fmt: skip
 
     def train_batch(first, count):
@@ -108,6 +110,13 @@ def run_training_by_the_clock(groups, path, folder):
     )
 
 
+def run_training_with_and_without_overlap(groups, path, folder):
+    """Without a validation, in which parameters would be gathered, between the last step and the saved model."""
+    config = dataclasses.replace(CONFIG, max_steps=3, val_check_interval=0, save_every_n_steps=0)
+    for name, overlap in (("with", True), ("without", False)):
+        run_training(groups, path, folder / name, config=config, overlap=overlap)
+
+
 def run_training_until(groups, path, folder, stop_in):
     return run_training(groups, path, folder, stop_in=stop_in)
 
@@ -147,6 +156,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(layout, model, tmp_path):
     assert any("step_00000004" in line and "trying an older checkpoint" in line for line in lines), lines
     assert any(line.startswith("resumed from") and line.endswith("step_00000002") for line in lines), lines
     check_equal(damaged, whole)
+
+
+def test_what_is_saved_is_whole_where_parameters_are_gathered_in_the_next_forward_pass(model, tmp_path):
+    """To the rounding of the gradient's norm, which ranks add up by their parts; a step is a thousand times as long."""
+    runs = [new_run(tmp_path / name) for name in ("with", "without")]
+    run_layout(run_training_with_and_without_overlap, LAYOUTS["dp2"], model, tmp_path)
+    ours, theirs = (weights_of(run / "trained.nemo") for run in runs)
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < 1e-6, name
 
 
 @pytest.mark.parametrize(("layout", "asked_in"), [("alone", 3), ("tp2_sp", 7), ("pp2", 3)])

@@ -38,8 +38,8 @@ def steps_with_windows(groups: Groups, models: dict[str, Path], folder: Path) ->
     for window in WINDOWS:
         overlap = groups.layout.dp > 1
         model = load_model(models["student"], groups)
-        state = TrainState.start(model, OptimConfig(), max_steps=9, distributed_optimizer=False,
-                                 overlap_grad_reduce=overlap)  # fmt: skip
+        options = BuildOptions(groups=groups, distributed_optimizer=False, overlap_grad_reduce=overlap)
+        state = TrainState.start(model, OptimConfig(), max_steps=9, options=options)
         head = HeadLoss(vocab_size=student.arch.vocab_size, chunk_tokens=5, group=groups.tp)
         teacher = Teacher(open_nemo(models["teacher"]).weights, BuildOptions(groups=groups))
         objective = Watched(head, teacher, window=window)

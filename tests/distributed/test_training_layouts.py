@@ -55,8 +55,9 @@ def start(groups: Groups, run: Run, models: dict[str, Path]):
     """(state, objective) of a run on this rank."""
     arch = open_nemo(models[run.model]).arch
     model = load_model(models[run.model], groups, stage_layers=STAGES["student"].get(groups.layout.pp))
+    options = BuildOptions(groups=groups, distributed_optimizer=run.distributed)
     optim = OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=5)
-    state = TrainState.start(model, optim, max_steps=STEPS, distributed_optimizer=run.distributed)
+    state = TrainState.start(model, optim, max_steps=STEPS, options=options)
     if run.teacher is None:
         head = HeadLoss(
             vocab_size=arch.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0, chunk_tokens=5, group=groups.tp

@@ -305,6 +305,13 @@ def test_relations_of_the_ranks_are_asked_of_steps_on_ranks_alone():
             check_ranks(config)
 
 
+@pytest.mark.parametrize("name", ["use_distributed_optimizer", "overlap_grad_reduce"])
+def test_overlap_of_gathering_needs_what_it_rests_on(name):
+    with pytest.raises(UserError, match=f"parallel.{name}=false: parallel.overlap_param_gather=true needs it"):
+        check_ranks(compose("quickstart", ["parallel.overlap_param_gather=true", f"parallel.{name}=false"]))
+    check_ranks(compose("quickstart", ["parallel.overlap_param_gather=true"]))
+
+
 def test_a_batch_must_be_shared_by_the_data_parallel_ranks():
     training = TrainingConfig(global_batch_size=3)
     check_training(training, "distill", Layout(dp=3))

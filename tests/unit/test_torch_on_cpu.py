@@ -69,7 +69,8 @@ for parameter in model.parameters():
     parameter.data.normal_(std=0.1)
 for distributed in (True, False):
     optim = OptimConfig(gradient_clip_val=1e-3)
-    state = TrainState.start(model, optim, max_steps=2, distributed_optimizer=distributed)
+    options = BuildOptions(groups=groups, distributed_optimizer=distributed)
+    state = TrainState.start(model, optim, max_steps=2, options=options)
     head = HeadLoss(vocab_size=LLAMA.vocab_size, kl_weight=0.0, cross_entropy_weight=1.0)
     state.zero_gradients()
     batch_sums(state.model, [random_batch(LLAMA, samples=1)], LanguageModelObjective(head), groups=groups, train=True)
