@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test mutants check format install clean help
+.PHONY: quickstart test test-oracle mutants check format install clean help
 
 # A name on the PATH may be a shim that only prints an error, so each candidate has to run.
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -19,7 +19,10 @@ quickstart: .venv/.installed ## the whole chain on this machine's CPU; run again
 	@.venv/bin/python recipes/pipeline.py --config-name quickstart
 
 test: .venv/.installed ## every test that needs no GPU
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile
+
+test-oracle: .venv-oracle/.installed ## importance and cuts against NVIDIA's ModelOpt (Python 3.11)
+	@.venv-oracle/bin/python -m pytest -q tests/oracle/parity.py
 
 mutants: .venv/.installed ## faults put into copies of the sources: do the tests notice each?
 	@.venv/bin/python tests/mutants/run.py
@@ -37,11 +40,11 @@ format: .venv/.installed ## rewrite files the way `make check` wants them
 install: .venv/.installed ## the environment alone
 
 clean: ## remove the environment, caches and the quickstart's results
-	rm -rf .venv runs/quickstart .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .venv .venv-oracle runs/quickstart .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # torch first and alone: it brings the index's build that fits, and nothing after it may choose another.
 .venv/.installed: pyproject.toml constraints.txt
@@ -56,4 +59,13 @@ help: ## this list
 	@$(INSTALL) torch | $(PROGRESS)
 	@echo 'Installing minitron-nemo and what it needs'
 	@$(INSTALL) -e '.[dev]' | $(PROGRESS)
+	@touch $@
+
+# Of its own, as ModelOpt pins what the rest leaves open.
+.venv-oracle/.installed: pyproject.toml constraints.txt
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo 'error: the oracle needs Python 3.11: make test-oracle PYTHON=/path/to/python3.11' >&2; exit 2; }
+	@'$(PYTHON)' -m venv --clear .venv-oracle
+	@.venv-oracle/bin/python -m pip install --disable-pip-version-check --no-input -c constraints.txt torch | $(PROGRESS)
+	@.venv-oracle/bin/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev,oracle]' | $(PROGRESS)
 	@touch $@

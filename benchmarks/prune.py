@@ -4,7 +4,9 @@
 
 Makes a Hugging Face folder of random bf16 weights, imports it, cuts its width and its depth by random scores and
 exports it; each in a process of its own, so that peak memory is its own. The floor of a step is a plain read and a
-plain write, with `fsync`, of as many bytes, measured just before it. CPU seconds are per GB written.
+plain write, with `fsync`, of as many bytes, measured just before it. CPU seconds are per GB written, of steps that
+write nothing per GB read. Cuts are made without their proof, which has rows of its own; `--quickstart` takes the
+quickstart's shape and cut.
 """
 
 import argparse
@@ -32,11 +34,18 @@ from minitron_nemo.checkpoint.safetensors_stream import SafetensorsWriter
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.importance.scores import ImportanceScores
 from minitron_nemo.pruning.make_plan import make_plan
+from minitron_nemo.pruning.plan import read_plan
+from minitron_nemo.pruning.proof import prove_cut
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import AXES
 from minitron_nemo.steps.prune import prune
 
 BLOCK = 2**24  # bytes that the floor reads and writes at a time
+
+
+def quickstart() -> ModelArch:
+    return ModelArch(num_layers=6, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2,
+                     kv_channels=32, vocab_size=2048, seq_length=512)  # fmt: skip
 
 
 def llama(layers: int, vocab: int) -> ModelArch:
@@ -68,7 +77,12 @@ def cut(folder: Path, name: str, **sizes: int) -> None:
         drawn[axis.name] = torch.rand(shape, generator=generator, dtype=torch.float64)
     scores = ImportanceScores(arch=arch, by_axis=drawn, num_samples=1, seq_length=1, sequence_aggregation="mean",
                               batch_aggregation="l2", data_fingerprint="")  # fmt: skip
-    prune(model, make_plan(scores, dataclasses.replace(arch, **sizes)), folder / name)
+    prune(model, make_plan(scores, dataclasses.replace(arch, **sizes)), folder / name, proof=False)
+
+
+def prove(folder: Path, name: str) -> None:
+    student = open_nemo(folder / name)
+    prove_cut(open_nemo(folder / "model.nemo").weights, student.weights, read_plan(student.path / "plan.json"))
 
 
 def do_import(folder: Path) -> None:
@@ -81,11 +95,21 @@ def do_verify(folder: Path) -> None:
 
 
 def do_width(folder: Path) -> None:
-    cut(folder, "width.nemo", hidden_size=3072, ffn_hidden_size=9216)
+    arch = open_nemo(folder / "model.nemo").arch
+    ffn = {14336: 9216, 384: 256}[arch.ffn_hidden_size]
+    cut(folder, "width.nemo", hidden_size=arch.hidden_size * 3 // 4, ffn_hidden_size=ffn)
 
 
 def do_depth(folder: Path) -> None:
     cut(folder, "depth.nemo", num_layers=open_nemo(folder / "model.nemo").arch.num_layers // 2)
+
+
+def do_prove_width(folder: Path) -> None:
+    prove(folder, "width.nemo")
+
+
+def do_prove_depth(folder: Path) -> None:
+    prove(folder, "depth.nemo")
 
 
 def do_export(folder: Path) -> None:
@@ -97,7 +121,9 @@ STEPS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "import": (do_import, "hf", "model.nemo"),
     "verify": (do_verify, "model.nemo", None),
     "prune width": (do_width, "model.nemo", "width.nemo"),
+    "prove width": (do_prove_width, "model.nemo", None),
     "prune depth": (do_depth, "model.nemo", "depth.nemo"),
+    "prove depth": (do_prove_depth, "depth.nemo", None),
     "export": (do_export, "model.nemo", "exported"),
 }
 
@@ -138,15 +164,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--quickstart", action="store_true", help="the quickstart's shape instead")
     parser.add_argument("--folder", default=None, help="where to work; default: the system's temporary folder")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        arch = llama(options.layers, options.vocab)
+        arch = quickstart() if options.quickstart else llama(options.layers, options.vocab)
         make_hf(folder / "hf", arch)
         print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
               f"torch {torch.__version__}")  # fmt: skip
-        print(f"{options.layers} layers, vocabulary {options.vocab}: {size(folder / 'hf') / 1e9:.2f} GB")
+        print(f"{arch.num_layers} layers, vocabulary {arch.vocab_size}: {size(folder / 'hf') / 1e9:.2f} GB")
         columns = {"GB in": 7, "GB out": 8, "seconds": 9, "floor": 7, "ratio": 7, "CPU s/GB": 10, "peak MiB": 10}
         print(f"{'step':<13}" + "".join(name.rjust(width) for name, width in columns.items()))
         for name, (_, source, target) in STEPS.items():

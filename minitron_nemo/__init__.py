@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minitron_nemo.importance.scores import read_scores
     from minitron_nemo.losses.lm_head import HeadLoss
     from minitron_nemo.pruning.make_plan import make_plan
+    from minitron_nemo.pruning.plain_forward import plain_logits
     from minitron_nemo.pruning.plan import read_plan
     from minitron_nemo.shape.arch import ModelArch
     from minitron_nemo.shape.axes import shrink
@@ -36,6 +37,7 @@ _PUBLIC = {
     "make_plan": "pruning.make_plan",
     "open_hf": "checkpoint.formats.hf",
     "open_nemo": "checkpoint.formats.nemo",
+    "plain_logits": "pruning.plain_forward",
     "prune": "steps.prune",
     "read_plan": "pruning.plan",
     "read_scores": "importance.scores",
@@ -43,7 +45,7 @@ _PUBLIC = {
 }
 __all__ = [
     "HeadLoss", "ModelArch", "UserError", "compose", "export_hf", "import_hf", "listening", "make_plan", "open_hf",
-    "open_nemo", "prune", "read_plan", "read_scores", "shrink",
+    "open_nemo", "plain_logits", "prune", "read_plan", "read_scores", "shrink",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class StoppedError(Exception):
-    """Training was asked to stop and did: everything is saved, and the same command goes on from there.
+    """Work was asked to stop and did: everything is saved, and the same command goes on from there.
 
     Entry points print it and exit with code 75.
     """

@@ -1,5 +1,6 @@
 """Estimate importance: score layers, heads, neurons and channels with forward passes (2407.14679)."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     section = config.estimate_importance
-    config.layout.share(section.num_samples, section.micro_batch_size, name="estimate_importance.num_samples")
+    config.layout.share(len(section.samples), section.micro_batch_size, name="estimate_importance.num_samples")
 
 
 def prepare(config: Config) -> Job:
@@ -37,22 +38,30 @@ def run(config: Config, job: Job, groups: "Groups") -> None:
     # torch and Megatron take seconds to import: not before there is something to run.
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.data.calibration import calibration_set
-    from minitron_nemo.steps.estimate import estimate_importance
+    from minitron_nemo.steps.estimate import estimate, estimate_of, heard_by
+    from minitron_nemo.steps.kept_sums import KeptSums
     from minitron_nemo.steps.options import build_options
 
     section = config.estimate_importance
-    model = open_nemo(section.checkpoint)
-    scores = estimate_importance(
+    model, kept = open_nemo(section.checkpoint), KeptSums.of(config.run_dir, job)
+    calibration = calibration_set(blend_for(config, model), num_samples=section.num_samples)
+    estimated = estimate(
         model.weights,
-        calibration_set(blend_for(config, model), num_samples=section.num_samples),
+        calibration,
+        estimate_of(section),
         options=build_options(config, groups, stages=config.parallel.teacher_stage_layers),
-        micro_batch_size=section.micro_batch_size,
-        sequence_aggregation=section.sequence_aggregation.value,
         batch_aggregation=section.batch_aggregation.value,
+        heard=heard_by(config, model, calibration),
+        kept=kept,
     )
+    with ExitStack() as stack:
+        draft = None
+        if groups.is_main:
+            extra = {"arch": model.arch.to_dict()}
+            draft = stack.enter_context(publishing(job.output, kind=job.kind, origin=job.origin, extra=extra))
+        estimated.write(None if draft is None else draft.folder)
     if groups.is_main:
-        with publishing(job.output, kind=job.kind, origin=job.origin, extra={"arch": model.arch.to_dict()}) as draft:
-            scores.write(draft.folder)
+        kept.remove()
 
 
 RECIPE = RankRecipe("estimate_importance", prepare, run, check=check, lines=weight_lines)

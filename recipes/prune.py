@@ -1,60 +1,41 @@
 """Prune: turn scores and a target shape into a plan, and the plan into a smaller checkpoint (2407.14679).
 
-Runs in one process without a GPU on a checkpoint of any layout, a few tensors at a time.
+Runs in one process on a checkpoint of any layout, a few tensors at a time; needs no GPU. Before the smaller checkpoint
+is published it is proven to compute what its masked source computes.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minitron_nemo.artefacts.manifest import read_manifest, verify_files
 from minitron_nemo.artefacts.origin import fingerprint_of
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.shape.arch import billions
-from minitron_nemo.steps.describe import model_lines, shapes
+from minitron_nemo.steps.describe import before_and_after, model_lines, shapes, target_lines
 from minitron_nemo.steps.inputs import open_verified, require
+from minitron_nemo.steps.planning import check_grid, needs_importance, plan_of
 from minitron_nemo.steps.step import Job, Recipe, logger
-
-if TYPE_CHECKING:
-    from minitron_nemo.pruning.plan import PruningPlan
-
-
-def plan_of(config: Config) -> "PruningPlan":
-    """The plan given as a file, or made from the scores and the target shape; for the model that is cut."""
-    # torch takes seconds to import: not before there is something to cut.
-    from minitron_nemo.checkpoint.formats.nemo import open_nemo
-    from minitron_nemo.importance.scores import read_scores
-    from minitron_nemo.pruning.make_plan import make_plan
-    from minitron_nemo.pruning.plan import read_plan
-
-    section = config.prune
-    arch = open_nemo(str(section.checkpoint)).arch
-    if section.plan is not None:
-        plan = read_plan(section.plan)
-        plan.check_source(arch, name=section.plan)
-        return plan
-    target = section.target.shrink(arch)
-    # One flipped bit of a score is another model.
-    verify_files(str(section.importance), read_manifest(str(section.importance), kind="importance"))
-    scores = read_scores(str(section.importance))
-    plan = make_plan(scores, target, drop_layers=section.target.drop_layers)
-    plan.check_source(arch, name=f"importance {section.importance}")
-    return plan
 
 
 def prepare(config: Config) -> Job:
     section = config.prune
     require(section.checkpoint)
-    if section.plan is None:
+    if needs_importance(config):
         require(section.importance, kind="importance")
     from minitron_nemo.checkpoint.formats.hf_config import export_doubt
+    from minitron_nemo.steps.depth import depth_parents
 
-    model, plan = open_verified(section.checkpoint), plan_of(config)
+    model = open_verified(section.checkpoint)
+    plan = plan_of(config, model)
+    check_grid(config, plan.target)
+    for line in target_lines(config):
+        logger.info(f"prune: {line.strip()}")
     if (doubt := export_doubt(plan.target, largest=model.arch.hidden_size)) is not None:
         logger.warning(f"prune: {doubt}")
     parents = {"model": model.path}
-    if section.plan is None:
+    if needs_importance(config):
         parents["importance"] = Path(str(section.importance))
+    if section.plan is None:
+        parents |= depth_parents(config)
     settings = {**identity(section), "plan": fingerprint_of(plan.to_json())}
     inputs = (Path(section.plan),) if section.plan else ()
     return Job(Path(str(section.output)), "model", settings, parents, inputs)
@@ -62,15 +43,21 @@ def prepare(config: Config) -> Job:
 
 def run(config: Config, job: Job) -> None:
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
-    from minitron_nemo.steps.prune import prune
+    from minitron_nemo.steps.prune import options_of, prune
 
-    model, plan = open_nemo(str(config.prune.checkpoint)), plan_of(config)
+    model = open_nemo(str(config.prune.checkpoint))
+    plan = plan_of(config, model)
     before, after = model.arch.num_params(), plan.target.num_params()
     logger.info(f"prune: {billions(before)} -> {billions(after)} parameters ({after / before:.1%}); {plan.describe()}")
-    prune(model, plan, job.output, origin=job.origin)
+    prune(model, plan, job.output, origin=job.origin, **options_of(config))
 
 
-RECIPE = Recipe("prune", prepare, run, lines=lambda config: model_lines(config, shapes(config).student))
+def lines(config: Config) -> list[str]:
+    check_grid(config, shapes(config).student)
+    return [*target_lines(config), *before_and_after(config), *model_lines(config, shapes(config).student)]
+
+
+RECIPE = Recipe("prune", prepare, run, lines=lines)
 
 if __name__ == "__main__":
     main(RECIPE)

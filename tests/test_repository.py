@@ -24,20 +24,20 @@ ROOMS: dict[str, str] = {
     "distributed": "errors shape",
     "config": "errors shape distributed",
     "checkpoint": "errors shape artefacts",
-    "importance": "errors shape distributed",
+    "importance": "errors shape artefacts distributed",
     "data": "errors progress artefacts config",
     "engine": "losses shape distributed config checkpoint",
     "pruning": "errors shape checkpoint importance",
     "distillation": "checkpoint engine",
     "reporting": "errors progress shape artefacts importance pruning",
     "training": "errors progress losses shape artefacts distributed config checkpoint engine distillation",
-    "evaluation": "errors progress losses distributed engine training",
+    "evaluation": "errors progress losses distributed data engine training",
     "steps": "errors progress losses shape artefacts distributed config checkpoint importance data engine pruning "
     "distillation training evaluation",
     "testing": "shape artefacts distributed checkpoint engine",
     "cli": "errors progress distributed config steps",
-    "recipes": "errors progress losses shape artefacts distributed config checkpoint importance data pruning "
-    "distillation reporting training steps cli",
+    "recipes": "errors progress losses shape artefacts distributed config checkpoint data distillation reporting "
+    "training steps cli",
 }
 FLOORS = list(ROOMS)
 ARROWS = [(room, below) for room, rooms in ROOMS.items() for below in rooms.split()]
@@ -49,7 +49,7 @@ LOOSE = {"__init__", "cli", "errors", "progress", "testing"}  # the only modules
 DOORS = {
     "megatron": ("minitron_nemo/engine/", "minitron_nemo/data/"),
     "hydra": ("minitron_nemo/config/compose.py",),
-    "omegaconf": tuple(f"minitron_nemo/config/{name}.py" for name in ("compose", "schema", "shapes")),
+    "omegaconf": tuple(f"minitron_nemo/config/{name}.py" for name in ("compose", "blocks", "schema", "shapes")),
     "matplotlib": ("minitron_nemo/reporting/plots.py",),
     "huggingface_hub": ("minitron_nemo/checkpoint/formats/hf.py",),
     "tokenizers": ("minitron_nemo/data/tokenizer.py",),

@@ -31,7 +31,7 @@ class Manifest:
     """The origin of an artefact and the size and SHA-256 of its files.
 
     `fingerprint`, `config`, `parents` and `command` are those of its `Origin`; `tokens` counts the tokens that this
-    step trained on; `extra` holds free facts.
+    step trained on; `extra` holds free facts, among them the `lineage` of an artefact that has parents.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Manifest:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
             git_revision=_git_revision(),
-            extra=dict(extra or {}),
+            extra={**(extra or {}), **({"lineage": list(map(dict, origin.lineage))} if origin.lineage else {})},
             command=origin.command,
         )
 

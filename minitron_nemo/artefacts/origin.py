@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ class Origin:
 
     `config` holds the settings that shaped it, as plain data; `parents` maps a role (such as "teacher") to the SHA-256
     of that artefact's manifest; `overwrite` allows the new artefact to take the place of an older one; `command` is the
-    command line that asked for it, for people.
+    command line that asked for it, for people. `lineage` names every ancestor, the nearest first
+    (`artefacts.lineage`); it follows from the parents, so the fingerprint need not hold it.
     """
 
     fingerprint: str
@@ -21,6 +22,7 @@ class Origin:
     parents: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     command: str = ""
+    lineage: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of(
@@ -31,11 +33,12 @@ class Origin:
         parents: Mapping[str, str] | None = None,
         overwrite: bool = False,
         command: str = "",
+        lineage: Sequence[Mapping[str, Any]] = (),
     ) -> "Origin":
         """The origin of an artefact of this kind, its fingerprint taken over all that determines the content."""
         parents = dict(parents or {})
         fingerprint = fingerprint_of(kind, config, parents)
-        return cls(fingerprint, config=config, parents=parents, overwrite=overwrite, command=command)
+        return cls(fingerprint, config, parents, overwrite, command, lineage)
 
 
 def fingerprint_of(*parts: Any) -> str:

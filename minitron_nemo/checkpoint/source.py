@@ -6,6 +6,7 @@ of `shape.tensors.logical_tensors`.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -48,6 +49,17 @@ class ShapedSource:
 
 
 def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a source, one at a time: what a writer takes."""
-    for name in source.names():
-        yield name, source.read(name)
+    """Every tensor of a source, one at a time: what a writer takes.
+
+    The next one is read by another thread while the writer has this one: two tensors in memory, and two cores at work,
+    as reading, cutting, hashing and writing all run outside Python's lock.
+    """
+    names = source.names()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream") as reader:
+        waiting = reader.submit(source.read, names[0]) if names else None
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            assert waiting is not None
+            tensor = waiting.result()
+            waiting = None if following is None else reader.submit(source.read, following)
+            yield name, tensor
+            del tensor  # or it would live on while the one after the next is read

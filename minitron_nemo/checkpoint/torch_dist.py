@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.artefacts.paths import is_plain_name
+from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
 from minitron_nemo.checkpoint.payload import find_plain_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import DTYPES, METADATA_FILE, metadata_bytes, one_line, read_metadata
@@ -60,7 +61,7 @@ class TorchDistReader:
         if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(box.end, stored.shape, strict=True)):
             raise IndexError(f"{key}: box at {box.offset} of size {box.size} leaves the shape {stored.shape}")
         self._check_whole(key)
-        result = torch.empty(box.size, dtype=stored.dtype)
+        result = new_tensor(box.size, stored.dtype)
         for chunk in stored.chunks:
             if (shared := box.shared_with(chunk)) is not None:
                 part = result if shared.size == box.size else torch.empty(shared.size, dtype=stored.dtype)

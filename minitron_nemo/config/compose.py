@@ -5,6 +5,7 @@ cannot take is refused in one line, before anything is allocated.
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -90,9 +91,9 @@ def typed(tree: DictConfig) -> Config:
         if OmegaConf.get_type(tree) is not OPEN_CONFIG:
             raise UserError("the config is not built on the schema: its `defaults` must begin with `- schema`")
         values = OmegaConf.to_container(tree, resolve=False)
-        closing.drop_unset(values, OmegaConf.to_container(OmegaConf.structured(OPEN_CONFIG)), Config)
+        closing.drop_unset(values, OmegaConf.to_container(_schema_tree(opened=True)), Config)
         closing.refuse_undeclared(values, Config, "")
-        closed = OmegaConf.merge(OmegaConf.structured(Config), values)
+        closed = OmegaConf.merge(_schema_tree(opened=False), values)
         closing.refuse_missing(OmegaConf.to_container(closed, resolve=False), "")
         config = OmegaConf.to_object(closed)
     assert isinstance(config, Config)
@@ -100,6 +101,12 @@ def typed(tree: DictConfig) -> Config:
     check(config)
     closing.fill_places(config)
     return config
+
+
+@functools.cache
+def _schema_tree(*, opened: bool) -> DictConfig:
+    """The schema as OmegaConf's tree, which takes as long to build as a composition; nobody writes into it."""
+    return OmegaConf.structured(OPEN_CONFIG if opened else Config, flags={"readonly": True})
 
 
 def run_application(task: Callable[[Composition, Config], None], arguments: Sequence[str]) -> None:

@@ -74,6 +74,8 @@ def _default_name(field: "dataclasses.Field[Any]") -> str:
         return "required"
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower() if value is not None else 'null'}`"
+    if isinstance(value, list):
+        value = [entry.value if isinstance(entry, Enum) else entry for entry in value]
     return f"`{value.value if isinstance(value, Enum) else value}`"
 
 

@@ -11,11 +11,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from minitron_nemo.config.setting import MAX_SIZE, count, path, setting, setting_of
+from minitron_nemo.config.blocks import ScoreBlocksConfig
+from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
+from minitron_nemo.config.repairs import RepairsConfig
+from minitron_nemo.config.setting import MAX_SIZE, count, default_of, path, setting, setting_of
 from minitron_nemo.config.shapes import MAX_LAYERS, ModelConfig, TargetConfig
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.budget import Fit
 
 # Bounds in the spirit of `MAX_SIZE`.
 MAX_RANKS = 10**4
@@ -34,14 +38,6 @@ class Precision(Enum):
     auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
-
-
-class Aggregation(Enum):
-    """How activations become one number (paper 1): over the sequence, then over the samples."""
-
-    mean = "mean"
-    l2 = "l2"
-    variance = "variance"
 
 
 @dataclass
@@ -265,29 +261,21 @@ class CorrectTeacherConfig:
 
 
 @dataclass
-class EstimateImportanceConfig:
-    """Forward passes over calibration samples (paper 1; paper 2)."""
-
-    checkpoint: str | None = path("model to score", place="corrected_teacher.nemo")
-    output: str | None = path("folder of scores", place="importance")
-    num_samples: int = count(
-        1024,
-        "for calibration, each of `data.seq_length` tokens; a multiple of micro-batch x data-parallel ranks",
-        unit="samples",
-    )
-    micro_batch_size: int = count(1, "in a forward pass", unit="samples", how_it_runs=True)
-    sequence_aggregation: Aggregation = setting(Aggregation.mean, "over the tokens of a sample")
-    batch_aggregation: Aggregation = setting(Aggregation.l2, "over the samples")
-
-
-@dataclass
 class PruneConfig:
     """Cut a model to a smaller shape by its scores, or by a plan that exists."""
 
     checkpoint: str | None = path("model to cut", place="corrected_teacher.nemo")
     importance: str | None = path("its scores", place="importance")
+    blocks: str | None = path("scores of its blocks, for `target.drop_by`", place="blocks")
     plan: str | None = path("a `plan.json` to apply; `importance` and `target` are then not used")
     target: TargetConfig = field(default_factory=TargetConfig)
+    repairs: RepairsConfig = field(default_factory=RepairsConfig)
+    proof: bool = setting(
+        True,
+        "before it is published, compare what the cut model computes with the masked source, on random tokens; on a "
+        "GPU where there is one",
+        how_it_runs=True,
+    )
     output: str | None = path("`.nemo` folder, with `plan.json` inside", place="pruned.nemo")
 
 
@@ -410,12 +398,20 @@ class Config:
     import_hf: ImportHfConfig = field(default_factory=ImportHfConfig)
     correct_teacher: CorrectTeacherConfig = field(default_factory=CorrectTeacherConfig)
     estimate_importance: EstimateImportanceConfig = field(default_factory=EstimateImportanceConfig)
+    merge_importance: MergeImportanceConfig = field(default_factory=MergeImportanceConfig)
+    compare_importance: CompareImportanceConfig = field(default_factory=CompareImportanceConfig)
+    score_blocks: ScoreBlocksConfig = field(default_factory=ScoreBlocksConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_hf: ExportHfConfig = field(default_factory=ExportHfConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+    def fit(self, source: ModelArch) -> Fit:
+        """The shape that `prune.target` makes of a model, and how a budget in it was met."""
+        tp = self.parallel.tensor_model_parallel_size
+        return self.prune.target.fit(source, tp=tp, seq_length=self.data.seq_length)
 
     def model_arch(self) -> ModelArch:
         """The shape in `model`; UserError where the config has none."""
@@ -444,12 +440,19 @@ class Config:
 
 
 def identity(section: Any) -> dict[str, Any]:
-    """What a section makes, as plain values for a fingerprint: every field but those marked as how it runs."""
-    return {
-        known.name: _plain(getattr(section, known.name))
-        for known in dataclasses.fields(section)
-        if not setting_of(known).how_it_runs
-    }
+    """What a section makes, as plain values for a fingerprint: every field but those marked as how it runs.
+
+    A field marked as later is in when it is not at its default, a section in it when it says something.
+    """
+    values = {}
+    for known in dataclasses.fields(section):
+        value, said = getattr(section, known.name), setting_of(known)
+        if said.how_it_runs or (said.later and value == default_of(known)):
+            continue
+        plain = _plain(value)
+        if plain != {} or not dataclasses.is_dataclass(value):
+            values[known.name] = plain
+    return values
 
 
 def _plain(value: Any) -> Any:

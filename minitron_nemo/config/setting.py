@@ -26,7 +26,8 @@ class Setting:
 
     `how_it_runs`: it changes how a step runs and not what it makes, so no fingerprint holds it. A `path` is such a
     setting: what lies there is hashed by its content. `place`: where the path is under `run_dir` when none is given;
-    `{checkpoint}` stands for the name of the section's checkpoint.
+    `{checkpoint}` stands for the name of the section's checkpoint. `later`: declared after outputs existed; at its
+    default no fingerprint holds it, so that those outputs stay current.
     """
 
     help: str
@@ -41,6 +42,7 @@ class Setting:
     form: str = ""  # the pattern in words
     unit: str = ""
     how_it_runs: bool = False
+    later: bool = False
     path: bool = False
     place: str | None = None
 
@@ -97,10 +99,11 @@ def setting(
     form: str = "",
     unit: str = "",
     how_it_runs: bool = False,
+    later: bool = False,
     path: bool = False,
     place: str | None = None,
 ) -> Any:
-    """A dataclass field with its `Setting`; a list or mapping as default is copied for each section."""
+    """A dataclass field with its `Setting`; a list, mapping or section as default is copied for each section."""
     known = Setting(
         help=help,
         at_least=at_least,
@@ -114,19 +117,27 @@ def setting(
         form=form,
         unit=unit,
         how_it_runs=how_it_runs,
+        later=later,
         path=path,
         place=place,
     )
-    if isinstance(default, (list, dict)):
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={KEY: known})
     return dataclasses.field(default=default, metadata={KEY: known})
 
 
 def count(
-    default: Any, help: str, *, at_least: int = 1, at_most: int = MAX_SIZE, unit: str = "", how_it_runs: bool = False
+    default: Any,
+    help: str,
+    *,
+    at_least: int = 1,
+    at_most: int = MAX_SIZE,
+    unit: str = "",
+    how_it_runs: bool = False,
+    later: bool = False,
 ) -> Any:
     """A field that holds a whole number of things."""
-    return setting(default, help, at_least=at_least, at_most=at_most, unit=unit, how_it_runs=how_it_runs)
+    return setting(default, help, at_least=at_least, at_most=at_most, unit=unit, how_it_runs=how_it_runs, later=later)
 
 
 def path(help: str, *, default: Any = None, place: str | None = None) -> Any:
@@ -137,6 +148,11 @@ def path(help: str, *, default: Any = None, place: str | None = None) -> Any:
 def setting_of(field: "dataclasses.Field[Any]") -> Setting:
     """What a field says of itself; a section declared without `setting` says nothing."""
     return field.metadata.get(KEY, Setting(help=""))
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """What a field holds when nothing is given; MISSING of dataclasses where it has no default."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def inner_section(hint: Any) -> type | None:

@@ -14,16 +14,24 @@ from minitron_nemo.data.datasets import batch, build_datasets
 class CalibrationSet:
     """`tokens` is int64 [num_samples, s]; `fingerprint` is the sha256 of exactly these tokens.
 
-    `documents`, of the same shape, numbers each token's document in its sample; None where they are not kept apart.
+    `labels` and `loss_mask`, [num_samples, s] each, are for who takes a loss; activations need none. `documents`, of
+    the same shape, numbers each token's document in its sample; None where they are not kept apart.
     """
 
     tokens: torch.Tensor
     fingerprint: str
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
     documents: torch.Tensor | None = None
 
     def batch(self, first: int, count: int, *, device: torch.device) -> dict[str, torch.Tensor]:
-        """A micro-batch of these samples on a device."""
-        values = {"tokens": self.tokens, "documents": self.documents}
+        """A micro-batch of samples `first`.., each [count, s], on a device."""
+        values = {
+            "tokens": self.tokens,
+            "labels": self.labels,
+            "loss_mask": self.loss_mask,
+            "documents": self.documents,
+        }
         return {name: x[first : first + count].to(device) for name, x in values.items() if x is not None}
 
 
@@ -36,9 +44,8 @@ def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
     own = dataclasses.replace(blend, purpose="calibration")
     train, _ = build_datasets(own, num_train=num_samples, num_valid=0)
     assert train is not None
-    samples = batch(train, range(num_samples), documents=blend.reset_attention_mask)
-    tokens = samples["tokens"]
-    return CalibrationSet(tokens, tokens_fingerprint(tokens), samples.get("documents"))
+    values = batch(train, range(num_samples), documents=blend.reset_attention_mask)
+    return CalibrationSet(fingerprint=tokens_fingerprint(values["tokens"]), **values)
 
 
 def tokens_fingerprint(tokens: torch.Tensor) -> str:

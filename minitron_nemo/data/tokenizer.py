@@ -99,7 +99,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "another folder that has them (`python recipes/train_tokenizer.py` makes one), such as a .nemo folder"
         )
     content = read_json_object(path)
-    backend = _open_backend(path, content)
+    backend = open_backend(path, content)
     # A tokenizer.json may carry the truncation and padding of its last use: they would cut documents.
     backend.no_truncation()
     backend.no_padding()
@@ -114,7 +114,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(folder=folder, eod=eod, fingerprint=hashlib.sha256(text.encode()).hexdigest(), backend=backend)
 
 
-def _open_backend(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+def open_backend(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a parsed tokenizer.json; UserError naming `path` for one that it does not take."""
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     except (KeyboardInterrupt, SystemExit):

@@ -125,6 +125,11 @@ class Layout:
             )
         return Share(samples // self.dp, micro_batch)
 
+    def share_of(self, samples: range, dp_rank: int) -> range:
+        """A data-parallel rank's stretch of some samples: none is left out, the last ranks may have fewer."""
+        size = math.ceil(len(samples) / self.dp)
+        return samples[dp_rank * size : (dp_rank + 1) * size]
+
     def padded_vocab_size(self, arch: ModelArch) -> int:
         """Rows of the embedding tables: where they are split, the next multiple of 8 for each rank."""
         multiple = 1 if self.tp == 1 else VOCABULARY_MULTIPLE * self.tp

@@ -1,7 +1,7 @@
 """Micro-batches through the pipeline: forward and backward (1F1B), or forward only."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -112,6 +112,29 @@ def forward_hidden(model: Any, batches: list[Batch]) -> list[Tensor]:
 
     with torch.no_grad():
         return _schedule(model, iter(batches), forward_step, batches, True, collect_non_loss_data=True)
+
+
+def forward_variants(
+    model: Any,
+    batch: Batch,
+    variants: Iterable[AbstractContextManager[Any]],
+    *,
+    count: int,
+    consume: Callable[[Tensor, int], Any],
+) -> list[Any]:
+    """One micro-batch through the pipeline once for each of `count` variants of the model, as so many micro-batches.
+
+    A variant is a context that every stage enters around its own forward pass, in order. On the last stage, what
+    `consume(final hidden states [s, b, h], number of the variant)` gives for each; an empty list elsewhere.
+    """
+
+    def forward_step(items: Iterator, part: Any) -> tuple[Tensor, Callable]:
+        number, variant = next(items)
+        with variant:
+            return _forward(part, batch), lambda output, non_loss_data: consume(output, number)
+
+    with torch.no_grad():
+        return _schedule(model, enumerate(variants), forward_step, [batch] * count, True, collect_non_loss_data=True)
 
 
 def _forward(model: Any, batch: Batch) -> Tensor:

@@ -52,6 +52,11 @@ class Statistic(ABC):
         tokens_l = merge(tokens_l, self.site.sequence, self.groups.sequence)
         return merge(torch.stack((samples_l, tokens_l), dim=-1), Spread.PARTIAL, self.groups.dp)
 
+    def forget(self) -> None:
+        """Begin again with nothing heard."""
+        self.values.zero_()
+        self.counts.zero_()
+
     @abstractmethod
     def measure(self, *tensors: Tensor) -> Tensor:
         """What a forward pass adds to a row of `values`."""
@@ -75,13 +80,22 @@ class UnitMoments(Statistic):
         (x_SBU,) = tensors
         if x_SBU.dim() != 3 or x_SBU.shape[-1] != self.values.shape[-1]:
             raise ValueError(f"activations {tuple(x_SBU.shape)}: expected [s, b, {self.values.shape[-1]}]")
-        m_MBU = estimators.moments(x_SBU)
+        m_MBU = estimators.moments(x_SBU, of=self.sequence_aggregation)
         # Before the nonlinearity: slices of one sequence become one number only once they are whole.
         m_MBU = merge(m_MBU, self.site.sequence, self.groups.sequence)
         return estimators.moments(estimators.aggregate(m_MBU, self.sequence_aggregation))
 
     def merged(self) -> Tensor:
         return merge(merge(self.values, Spread.PARTIAL, self.groups.dp), self.site.units, self.groups.tp)
+
+
+class SignedUnitMoments(UnitMoments):
+    """Moments over samples of the plain sum over each sequence, whatever the sequence aggregation."""
+
+    def measure(self, *tensors: Tensor) -> Tensor:
+        (x_SBU,) = tensors
+        sums_BU = merge(x_SBU.sum(dim=0, dtype=torch.float64), self.site.sequence, self.groups.sequence)
+        return estimators.moments(sums_BU)
 
 
 class CosineSums(Statistic):
@@ -98,3 +112,27 @@ class CosineSums(Statistic):
     def merged(self) -> Tensor:
         """Slices of a sequence add like samples."""
         return merge(merge(self.values, self.site.sequence, self.groups.sequence), Spread.PARTIAL, self.groups.dp)
+
+
+class SecondMoments(Statistic):
+    """Sums over tokens of x_i x_j, and below them those of x_i: `values` [l, U + 1, u], merged [l, U + 1, U].
+
+    A tensor-parallel rank has the columns of its own u units; the rows are those of all, gathered from the others.
+    """
+
+    def __init__(self, site: Site, hearing: Hearing) -> None:
+        super().__init__(site, hearing)
+        shards = group_size(hearing.groups.tp) if site.units is Spread.SHARDED else 1
+        shape = (hearing.layers, hearing.units + 1, hearing.units // shards)
+        self.values = torch.zeros(shape, dtype=torch.float64, device=hearing.device)
+
+    def measure(self, *tensors: Tensor) -> Tensor:
+        (x_SBu,) = tensors
+        x_SBu = x_SBu.to(torch.promote_types(x_SBu.dtype, torch.float32))
+        x_TU = merge(x_SBu, self.site.units, self.groups.tp).flatten(0, 1)
+        with_ones = torch.cat((x_TU, x_TU.new_ones(len(x_TU), 1)), dim=-1)
+        return with_ones.T @ x_SBu.flatten(0, 1)
+
+    def merged(self) -> Tensor:
+        values = merge(self.values, self.site.sequence, self.groups.sequence)
+        return merge(merge(values, Spread.PARTIAL, self.groups.dp), self.site.units, self.groups.tp)

@@ -12,22 +12,77 @@ because the batch aggregation squares what the sequence aggregation gives.
 Shapes: S sequence, B batch (samples), U units, C channels, N heads, H hidden_size; M = 4 moments.
 """
 
+import functools
+import math
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 AGGREGATIONS = ("mean", "l2", "variance")
 MOMENTS = 4
-ROWS_AT_A_TIME = 1024  # bounds the float64 copy of the activations
+BLOCK_ROWS = 128  # rows that are added in float32 before they go into the float64 totals
+BLOCK_ELEMENTS = 2**18  # of a block: what is made on the way stays in the cache
 
 
-def moments(s: Tensor) -> Tensor:
-    """Moments of `s` over its first dimension, float64: [n, ...] -> [4, ...]."""
+def moments(s: Tensor, *, of: str | None = None) -> Tensor:
+    """Moments of `s` over its first dimension, float64: [n, ...] -> [4, ...].
+
+    `of` names the one aggregation that they are for: the sums that it does not read are nan and cost nothing.
+
+    float64 is added in float64. Anything less is added in float32 blocks of at most `BLOCK_ROWS` rows, whose sums go
+    into float64 totals: each sum is within `BLOCK_ROWS` float32 roundings of itself whatever n is, and so are l2 and
+    mean. Squares are taken about the mean of their block, so the variance is too, however large the mean.
+    """
+    dtype, read = _at_least_float32(s), _READ[of]
     sums = s.new_zeros((MOMENTS, *s.shape[1:]), dtype=torch.float64)
-    for piece in s.split(ROWS_AT_A_TIME):
-        x = piece.to(torch.float64)
-        sums += torch.stack((torch.full_like(sums[0], len(x)), x.abs().sum(0), x.sum(0), x.square().sum(0)))
+    sums[0] = len(s)
+    for block in s.split(_rows_of_block(s)) if len(s) else ():
+        _add_block(sums, block, _scratch(block, dtype), read=read)
+    if dtype is not torch.float64 and not all(torch.isfinite(sums[part]).all() for part in read):
+        return moments(s.to(torch.float64), of=of)  # past the range of float32: rare enough to be copied
+    for unread in {1, 2, 3}.difference(read):
+        sums[unread] = torch.nan
     return sums
+
+
+# of moments, the sums that an aggregation reads besides the count
+_READ = {None: (1, 2, 3), "mean": (1,), "l2": (3,), "variance": (2, 3)}
+
+
+def _add_block(sums: Tensor, x: Tensor, work: Tensor, *, read: tuple[int, ...]) -> None:
+    """Add a block's sums in the dtype of `work`, which is of its shape and may be written over."""
+    _, sum_abs, total, sum_sq = sums
+
+    def wide() -> Tensor:
+        return x if x.dtype is work.dtype else work.copy_(x)
+
+    if 1 in read:
+        sum_abs += torch.abs(wide(), out=work).sum(dim=0)
+    if 2 in read:
+        center = wide().mean(dim=0)
+        torch.sub(wide(), center, out=work)
+        center, rest = center.to(torch.float64), work.sum(dim=0).to(torch.float64)
+        total += rest + len(x) * center
+        sum_sq += work.square_().sum(dim=0) + center * (2 * rest + len(x) * center)
+    elif 3 in read:
+        sum_sq += torch.square(wide(), out=work).sum(dim=0)
+
+
+def _rows_of_block(x: Tensor) -> int:
+    """Rows of the first dimension that are worked on at a time."""
+    return max(16, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, math.prod(x.shape[1:]))))
+
+
+def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory to work in, of a block's shape: the same again and again, as fresh pages cost more than the sums."""
+    if like.numel() > BLOCK_ELEMENTS:
+        return torch.empty_like(like, dtype=dtype)
+    return _buffer(dtype, like.device)[: like.numel()].view(like.shape)
+
+
+@functools.cache
+def _buffer(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(BLOCK_ELEMENTS, dtype=dtype, device=device)
 
 
 def aggregate(sums: Tensor, how: str) -> Tensor:
@@ -50,10 +105,19 @@ def head_norms(x_SBC: Tensor, kv_channels: int) -> Tensor:
 
 def cosine_sum(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
     """Sum over tokens of the cosine between a layer's input and output, and the tokens: [2], float64."""
-    dtype = _at_least_float32(before_SBH)
-    cosine_SB = functional.cosine_similarity(before_SBH.to(dtype), after_SBH.to(dtype), dim=-1)
-    total = cosine_SB.sum(dtype=torch.float64)
-    return torch.stack((total, total.new_tensor(cosine_SB.numel())))
+    total = torch.zeros((), dtype=torch.float64, device=before_SBH.device)
+    rows = _rows_of_block(before_SBH)
+    for before, after in zip(before_SBH.split(rows), after_SBH.split(rows), strict=True):
+        total += _cosine(before, after).sum(dtype=torch.float64)
+    return torch.stack((total, total.new_tensor(before_SBH.shape[:-1].numel())))
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine along the last dimension; that of nothing with anything is zero."""
+    dtype = _at_least_float32(x)
+    products = _scratch(x, dtype).copy_(x).mul_(y).sum(dim=-1)
+    lengths = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).clamp_min(1e-8) for part in (x, y)]
+    return products / lengths[0] / lengths[1]
 
 
 def block_importance(cosine_sums: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 `scores.safetensors` has one float64 tensor per axis, and per layer where every layer ranks its own units
 (`hidden_size`, `num_layers`, `ffn_hidden_size.layer_00`, `num_attention_heads.layer_00`, ...; layers from 0).
 `scores.json` has what the scores were made from and a table for the eye, layers from 1 as in the paper. It lists the
-scored axes when they are others than the first four.
+scored axes when they are others than the first four, and the criteria that are not the defaults.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.criteria import names_of
+from minitron_nemo.importance.sums import ImportanceSums, read_sums
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import AXES, FIRST_AXES, Axis
 
@@ -49,6 +51,7 @@ class ImportanceScores:
     sequence_aggregation: str
     batch_aggregation: str
     data_fingerprint: str = ""
+    criteria: Mapping[str, str] = field(default_factory=dict)  # of the axes that are not scored by their default
 
     def __post_init__(self) -> None:
         for name, scores in self.by_axis.items():
@@ -80,7 +83,7 @@ class ImportanceScores:
         axes = [axis for name, axis in AXES.items() if name in self.by_axis]
         per_layer = [axis for axis in axes if axis.per_layer]
         columns: list[tuple[str, str, Callable[[Tensor], Any]]] = [
-            *(("block_importance", axis.name, _rounded) for axis in axes if axis.is_layers),
+            *((self._layer_column, axis.name, _rounded) for axis in axes if axis.is_layers),
             *((axis.name, axis.name, _each) for axis in per_layer if axis.within is not None),
             *((axis.name, axis.name, _spread) for axis in per_layer if axis.within is None),
         ]
@@ -89,6 +92,10 @@ class ImportanceScores:
             for layer in range(self.arch.num_layers)
         ]
 
+    @property
+    def _layer_column(self) -> str:
+        return "_".join(("layer", self.criteria["num_layers"])) if "num_layers" in self.criteria else "block_importance"
+
     def write(self, folder: Path | str) -> None:
         """Writes both files into an existing folder."""
         facts = {
@@ -96,14 +103,50 @@ class ImportanceScores:
             **{name: getattr(self, name) for name in FACTS},
             "arch": self.arch.to_dict(),
             **({} if set(self.by_axis) == set(FIRST_AXES) else {"axes": list(self.by_axis)}),
+            **({"criteria": dict(self.criteria)} if self.criteria else {}),
             "layers": self.table(),
         }
         save_file(self.tensors(), Path(folder) / TENSORS_FILE)
         (Path(folder) / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="ascii")
 
 
-def read_scores(folder: Path | str) -> ImportanceScores:
-    """The scores of a folder. Raises UserError naming the file when one is missing, damaged or does not fit."""
+def scores_of(sums: ImportanceSums, batch_aggregation: str) -> ImportanceScores:
+    """What sums come to by a batch aggregation."""
+    return ImportanceScores(
+        arch=sums.arch,
+        by_axis=sums.finish(batch_aggregation),
+        num_samples=sums.num_samples,
+        seq_length=sums.heard.seq_length,
+        sequence_aggregation=sums.sequence_aggregation,
+        batch_aggregation=batch_aggregation,
+        data_fingerprint=sums.heard.data,
+        criteria={axis: name for axis, name in sums.criteria.items() if name != names_of(axis)[0]},
+    )
+
+
+def by_samples(sums: ImportanceSums, batch_aggregation: str) -> dict[str, ImportanceScores]:
+    """The scores of the first samples, as far as each part goes, and of all."""
+    if len(sums.parts) < 2:
+        raise UserError(
+            f"sums over samples {sums.samples} in one part: only sets whose size is a multiple of 8 are kept in parts, "
+            "which a comparison of few samples with all needs"
+        )
+    return {
+        f"{so_far.num_samples} samples": scores_of(so_far, batch_aggregation)
+        for so_far in (sums.first(part.end) for part in sums.parts)
+    }
+
+
+def read_scores(folder: Path | str, *, batch_aggregation: str | None = None) -> ImportanceScores:
+    """The scores of a folder; by another batch aggregation than that they were made with from its sums.
+
+    Raises UserError naming the file when one is missing, damaged or does not fit.
+    """
+    if (
+        batch_aggregation is not None
+        and batch_aggregation != _read_facts(Path(folder) / FACTS_FILE)["batch_aggregation"]
+    ):
+        return scores_of(read_sums(folder), batch_aggregation)
     facts_path, tensors_path = Path(folder) / FACTS_FILE, Path(folder) / TENSORS_FILE
     facts = _read_facts(facts_path)
     arch = ModelArch.from_dict(facts["arch"], source=str(facts_path))
@@ -113,6 +156,7 @@ def read_scores(folder: Path | str) -> ImportanceScores:
             arch=arch,
             by_axis=_by_axis(tensors, facts.get("axes", FIRST_AXES), arch=arch),
             **{name: facts[name] for name in FACTS},
+            criteria=facts.get("criteria", {}),
         )
     except UserError as error:
         raise UserError(f"{tensors_path}: {error}") from None
@@ -162,6 +206,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
     for name, kind in FACTS.items():
         if type(facts.get(name)) is not kind:
             raise UserError(f"{path}: {name}={facts.get(name)!r} is not of type {kind.__name__}; {AGAIN}")
+    criteria = facts.get("criteria", {})
+    if not isinstance(criteria, dict) or not all(isinstance(name, str) for name in criteria.values()):
+        raise UserError(f"{path}: criteria={criteria!r}: must name a criterion for each axis; {AGAIN}")
     axes = facts.get("axes", list(FIRST_AXES))
     if not isinstance(axes, list) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
         raise UserError(f"{path}: axes={axes!r}: allowed are {', '.join(AXES)}; {AGAIN}")

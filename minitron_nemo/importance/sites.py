@@ -34,13 +34,17 @@ class Site:
 
     `attach(layer, arch, hear)` puts on one layer the hook that calls `hear(*tensors)`, each [S, B, ...], in every
     forward pass and without gradients; the handle takes it off. `units` says how the last dimension of what is heard
-    lies over tensor-parallel ranks, `sequence` how the first does under sequence parallelism.
+    lies over tensor-parallel ranks, `sequence` how the first does under sequence parallelism. What is heard `once` is
+    heard at the decoder of the last pipeline stage, to which `attach` is then given. Where there must be `gradients`
+    it is heard in the backward pass.
     """
 
     name: str
     attach: Attach
     units: Spread
     sequence: Spread
+    once: bool = False
+    gradients: bool = False
 
 
 def input_of(module: str, transform: Callable[[Tensor, ModelArch], Tensor] | None = None) -> Attach:
@@ -48,6 +52,21 @@ def input_of(module: str, transform: Callable[[Tensor, ModelArch], Tensor] | Non
 
     def attach(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHandle:
         return _before(attrgetter(module)(layer), lambda x: hear(x if transform is None else transform(x, arch)))
+
+    return attach
+
+
+def output_of(module: str, transform: Callable[[Tensor, ModelArch], Tensor] | None = None) -> Attach:
+    """Hears what a module, named from where it hangs, computes, after `transform(x, arch)`."""
+
+    def attach(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHandle:
+        @torch.no_grad()
+        def hook(_: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            x = first_of(output)
+            hear(x if transform is None else transform(x, arch))
+
+        handle: RemovableHandle = attrgetter(module)(layer).register_forward_hook(hook)
+        return handle
 
     return attach
 
@@ -60,14 +79,32 @@ def output_of_norm(norm: str, *, projection: str) -> Attach:
         if getattr(linear, "layer_norm_weight", None) is not None:
             return _before(linear, lambda x_SBH: hear(_fused_norm(x_SBH, linear, arch)))
 
-        @torch.no_grad()
-        def hook(_: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            hear(_first(output))
-
-        handle: RemovableHandle = attrgetter(norm)(layer).register_forward_hook(hook)
-        return handle
+        return output_of(norm)(layer, arch, hear)
 
     return attach
+
+
+def input_of_norm(norm: str, *, projection: str) -> Attach:
+    """Hears what enters a norm, normalized but not yet multiplied by its weight."""
+
+    def attach(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHandle:
+        linear = attrgetter(projection)(layer)
+        fused = getattr(linear, "layer_norm_weight", None) is not None
+        return _before(linear if fused else attrgetter(norm)(layer), lambda x: hear(normalized(x, arch)))
+
+    return attach
+
+
+def output_of_layer(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHandle:
+    """Hears what leaves a layer, normalized: behind the last one, what the final norm makes before its weight."""
+    return input_and_output(layer, arch, lambda _, after_SBH: hear(normalized(after_SBH, arch)))
+
+
+def normalized(x_SBH: Tensor, arch: ModelArch) -> Tensor:
+    """The norm of this model without weight and bias, at least in float32."""
+    x_SBH = x_SBH.to(torch.promote_types(x_SBH.dtype, torch.float32))
+    norm = functional.layer_norm if arch.has_norm_bias else functional.rms_norm
+    return norm(x_SBH, (x_SBH.shape[-1],), eps=arch.norm_epsilon)
 
 
 def input_and_output(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHandle:
@@ -75,7 +112,7 @@ def input_and_output(layer: Module, arch: ModelArch, hear: Hear) -> RemovableHan
 
     @torch.no_grad()
     def hook(_: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-        hear(args[0] if args else kwargs["hidden_states"], _first(output))
+        hear(args[0] if args else kwargs["hidden_states"], first_of(output))
 
     handle: RemovableHandle = layer.register_forward_hook(hook, with_kwargs=True)
     return handle
@@ -85,7 +122,17 @@ def _heads(x_SBC: Tensor, arch: ModelArch) -> Tensor:
     return head_norms(x_SBC, arch.kv_channels)
 
 
-def _first(output: Tensor | tuple) -> Tensor:
+def _query_groups(x_SBC: Tensor, arch: ModelArch) -> Tensor:
+    """A query group is as long as all of its heads together: the root of the sum of their squared lengths."""
+    return head_norms(x_SBC, arch.heads_per_group * arch.kv_channels)
+
+
+def _into_activation(x_SBF: Tensor, arch: ModelArch) -> Tensor:
+    """Of a gated MLP the gate half, the first of each rank, which is what the activation takes; else all."""
+    return x_SBF.chunk(2, dim=-1)[0] if arch.is_gated else x_SBF
+
+
+def first_of(output: Tensor | tuple) -> Tensor:
     """What a Megatron module computes, of which some also return a bias."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -125,3 +172,25 @@ PRE_MLP_NORM = Site(
 HEADS = Site("linear_proj", input_of("self_attention.linear_proj", _heads), Spread.SHARDED, Spread.REPLICATED)
 NEURONS = Site("linear_fc2", input_of("mlp.linear_fc2"), Spread.SHARDED, Spread.REPLICATED)
 LAYER = Site("layer", input_and_output, Spread.REPLICATED, Spread.PARTIAL)
+# For second moments alone.
+NORM_BEFORE_ATTENTION = Site(
+    "input_layernorm",
+    input_of_norm("input_layernorm", projection="self_attention.linear_qkv"),
+    Spread.REPLICATED,
+    Spread.PARTIAL,
+)
+NORM_BEFORE_MLP = Site(
+    "pre_mlp_layernorm",
+    input_of_norm("pre_mlp_layernorm", projection="mlp.linear_fc1"),
+    Spread.REPLICATED,
+    Spread.PARTIAL,
+)
+HEAD_CHANNELS = Site("linear_proj", input_of("self_attention.linear_proj"), Spread.SHARDED, Spread.REPLICATED)
+FINAL_NORM = Site("final_layernorm", output_of_layer, Spread.REPLICATED, Spread.PARTIAL)
+
+# Of the criteria that are not the published code's.
+FINAL_NORM_OUTPUT = Site("final_layernorm", output_of("final_layernorm"), Spread.REPLICATED, Spread.PARTIAL, once=True)
+BEFORE_ACTIVATION = Site("linear_fc1", output_of("mlp.linear_fc1", _into_activation), Spread.SHARDED, Spread.REPLICATED)
+QUERY_GROUPS = Site(
+    "linear_proj_groups", input_of("self_attention.linear_proj", _query_groups), Spread.SHARDED, Spread.REPLICATED
+)

@@ -5,16 +5,23 @@ never computed. Units and elements count from 0 and stay in ascending order.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.buffers import new_tensor
+from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.source import ShapedSource, TensorSource
 from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.shape.axes import AXES
 from minitron_nemo.shape.packing import Kept, Packing
 from minitron_nemo.shape.tensors import LogicalTensor
+
+BLOCK_BYTES = 16 * 2**20  # of the source, read at a time
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy has no bfloat16
 
 
 class PrunedSource(ShapedSource):
@@ -33,8 +40,21 @@ class PrunedSource(ShapedSource):
         return self.source.dtype(self._origin(name))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        tensor = cut(self.source.read(self._origin(name)), self.tensors[name], plan=self.plan)
-        return tensor if box is None else tensor[box.slices()]
+        """Read in blocks of rows, so that of the source no more than a block is in memory."""
+        logical, origin = self.tensors[name], self._origin(name)
+        elements = _kept_of_each(logical, plan=self.plan)
+        box = whole(self.shape(name)) if box is None else box
+        if all(kept is None for kept in elements):
+            return self.source.read(origin, box)
+        shape = logical.shape(self.plan.source)
+        inside = [_part(kept, at) for kept, at in zip(elements, box.slices(), strict=True)]
+        result = new_tensor(box.size, self.dtype(name))
+        row_bytes = max(1, result.element_size() * math.prod(shape[1:]))
+        for first, rows in _blocks(inside[0], BLOCK_BYTES // row_bytes):
+            offset, end = int(rows[0]), int(rows[-1]) + 1
+            part = self.source.read(origin, Box((offset, *[0] * (len(shape) - 1)), (end - offset, *shape[1:])))
+            result[first : first + len(rows)] = select(part, [rows - offset, *inside[1:]])
+        return result
 
     def _origin(self, name: str) -> str:
         """The tensor of the source that a tensor of the pruned model is cut from."""
@@ -44,7 +64,7 @@ class PrunedSource(ShapedSource):
 
 
 def cut(tensor: Tensor, logical: LogicalTensor, *, plan: PruningPlan) -> Tensor:
-    """The kept part of one tensor of the source; a dimension that stays whole is not copied.
+    """The kept part of one tensor of the source; one that stays whole is not copied.
 
     `logical` is the tensor of the pruned model, its layer counted there. Raises ValueError naming it when the shape
     is not the source's, when the plan does not say what stays, and when what stays is not of the target's shape.
@@ -52,16 +72,60 @@ def cut(tensor: Tensor, logical: LogicalTensor, *, plan: PruningPlan) -> Tensor:
     shape = logical.shape(plan.source)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{logical.name}: shape {list(tensor.shape)}, the plan's source has {list(shape)}")
-    for dimension, dim in enumerate(logical.row.dims):
-        try:
-            kept = _kept(dim, logical.layer, plan=plan)
-        except KeyError as error:
-            raise ValueError(f"{logical.name}: dimension {dimension}: {error.args[0]}") from None
-        if (elements := dim.keep(kept, plan.source)) is not None:
-            tensor = tensor.index_select(dimension, elements.to(tensor.device))
-    if tuple(tensor.shape) != (shape := logical.shape(plan.target)):
-        raise ValueError(f"{logical.name}: cut to {list(tensor.shape)}, the plan's target has {list(shape)}")
+    return select(tensor, _kept_of_each(logical, plan=plan))
+
+
+def kept_elements(logical: LogicalTensor, dimension: int, *, plan: PruningPlan) -> Tensor | None:
+    """Which elements of a dimension of the source's tensor stay, ascending; None when all do.
+
+    `logical` is the tensor of the pruned model. Raises ValueError naming it when the plan does not say what stays.
+    """
+    dim = logical.row.dims[dimension]
+    try:
+        return dim.keep(_kept(dim, logical.layer, plan=plan), plan.source)
+    except KeyError as error:
+        raise ValueError(f"{logical.name}: dimension {dimension}: {error.args[0]}") from None
+
+
+def _kept_of_each(logical: LogicalTensor, *, plan: PruningPlan) -> list[Tensor | None]:
+    """`kept_elements` of every dimension; ValueError when that is not of the target's shape."""
+    elements = [kept_elements(logical, dimension, plan=plan) for dimension in range(len(logical.row.dims))]
+    pairs = zip(elements, logical.shape(plan.source), strict=True)
+    sizes = [size if kept is None else len(kept) for kept, size in pairs]
+    if tuple(sizes) != (shape := logical.shape(plan.target)):
+        raise ValueError(f"{logical.name}: cut to {sizes}, the plan's target has {list(shape)}")
+    return elements
+
+
+def select(tensor: Tensor, elements: Sequence[Tensor | slice | None]) -> Tensor:
+    """The elements of each dimension, ascending; None and what is all of a dimension: not copied.
+
+    NumPy takes columns four times as fast as `index_select`, which goes through them one by one.
+    """
+    for dimension, kept in enumerate(elements):
+        if isinstance(kept, slice):
+            tensor = tensor[(slice(None),) * dimension + (kept,)]
+        elif kept is not None and len(kept) and int(kept[-1] - kept[0]) + 1 == len(kept):
+            tensor = tensor.narrow(dimension, int(kept[0]), len(kept))
+        elif kept is not None:
+            bits = tensor.view(_BITS[tensor.element_size()]).numpy()
+            tensor = torch.from_numpy(np.take(bits, kept.numpy(), axis=dimension)).view(tensor.dtype)
     return tensor
+
+
+def _part(kept: Tensor | None, at: slice) -> Tensor | slice:
+    """The elements of the source behind a part of a cut dimension."""
+    return at if kept is None else kept[at]
+
+
+def _blocks(rows: Tensor | slice, most: int) -> Iterator[tuple[int, Tensor]]:
+    """Ascending rows in blocks that each span at most `most` rows of the source, each with its place among them."""
+    rows = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    first = 0
+    while first < len(rows):
+        past = int(torch.searchsorted(rows, int(rows[first]) + max(1, most)))
+        yield first, rows[first:past]
+        first = past
 
 
 def _kept(dim: Packing, layer: int | None, *, plan: PruningPlan) -> Kept:

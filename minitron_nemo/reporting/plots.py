@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
+from minitron_nemo.importance.blocks import MEASURES, BlockScores
 from minitron_nemo.importance.scores import ImportanceScores
 from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.reporting.making import Records
@@ -55,6 +56,13 @@ TITLES = {
     "hidden_size": "Hidden channels",
     "ffn_hidden_size": "Feed-forward neurons",
     "num_attention_heads": "Attention heads",
+}
+
+BLOCK_TITLES = {
+    "cosine": "1 - cosine over the block",
+    "lm_loss": "Language-model loss without it",
+    "nmse": "Error of the final states without it",
+    "task": "Accuracy without it",
 }
 
 # Inches of a panel. Each is a picture of its own, so that a page can put them side by side or under each other and text
@@ -137,7 +145,7 @@ def importance(scores: ImportanceScores, plans: Mapping[str, PruningPlan]) -> st
         title = TITLES.get(name, name)
         with _panel(f"Importance: {title}", pictures) as panel:
             if AXES[name].is_layers:
-                _draw_layers(panel, scores[name], dropped=dropped)
+                _draw_layers(panel, scores[name], dropped=dropped, criterion=scores.criteria.get(name))
             elif not AXES[name].per_layer:
                 _draw_ranked(panel, scores[name], title=title, kept={AXES[name].size(target) for target in targets})
             elif AXES[name].within is not None:
@@ -147,12 +155,38 @@ def importance(scores: ImportanceScores, plans: Mapping[str, PruningPlan]) -> st
     return "\n".join(pictures)
 
 
-def _draw_layers(panel: Axes, scores: Tensor, *, dropped: Collection[int]) -> None:
+def overlap(axis: str, columns: Mapping[str, Sequence[float]]) -> str:
+    """A heat map of the shares of kept units in common: a column for each comparison, a row for each layer, or one."""
+    title, pictures = TITLES.get(axis, axis), list[str]()
+    rows = len(next(iter(columns.values())))
+    labels = [name if len(name) <= MAX_NAME else f"...{name[3 - MAX_NAME :]}" for name in columns]
+    with _panel(f"Kept in common: {title}", pictures, height=2.7 + 0.1 * rows) as panel:
+        few_colors = matplotlib.colormaps["viridis"].resampled(32)  # as in `_draw_units`
+        shares = torch.tensor(list(columns.values()), dtype=torch.float64).T
+        edges = [(torch.arange(size + 1) + 0.5).numpy() for size in reversed(shares.shape)]
+        mesh = panel.pcolormesh(*edges, shares.numpy(), cmap=few_colors, vmin=0.0, vmax=1.0)
+        panel.set(title=f"{title}: share of kept units in common", ylabel="layer" if rows > 1 else "")
+        panel.set_xticks(range(1, len(columns) + 1), labels, rotation=30, ha="right", fontsize=7)
+        panel.grid(visible=False)
+        panel.invert_yaxis()
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.figure.colorbar(mesh, ax=panel).outline.set_visible(False)
+    return pictures[0]
+
+
+def standing_alone(svg: str) -> str:
+    """A picture as a file of its own, on white."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f'<svg {names} style="color: #222; background: #fff" ', 1) + "\n"
+
+
+def _draw_layers(panel: Axes, scores: Tensor, *, dropped: Collection[int], criterion: str | None) -> None:
     """Every layer a bar, counted from 1."""
     numbers = range(1, len(scores) + 1)
     colors = [COLORS[6] if number in dropped else COLORS[0] for number in numbers]
     panel.bar(numbers, scores.tolist(), color=colors, width=0.75)
-    panel.set(title="Block importance" + (" (red: dropped)" if dropped else ""), xlabel="layer", ylabel="1 - cosine")
+    title, unit = ("Block importance", "1 - cosine") if criterion is None else ("Layers", criterion)
+    panel.set(title=title + (" (red: dropped)" if dropped else ""), xlabel="layer", ylabel=unit)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -196,6 +230,33 @@ def _draw_ranked(panel: Axes, scores: Tensor, *, title: str, kept: Collection[in
     if ranked[-1] > 0:
         _log_scale(panel)
     panel.set(title=f"{title}, ranked", xlabel="rank", ylabel="score")
+
+
+def block_scores(scores: BlockScores) -> str:
+    """Scores of blocks by their first layer as an SVG file: a row for each length, a column for each measure.
+
+    The best block is marked; a broken line is the whole model.
+    """
+    measures = [measure for measure in MEASURES if measure in scores.values]
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
+        size = (WIDTH * len(measures), HEIGHT * len(scores.lengths))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(scores.lengths), len(measures), squeeze=False)
+        for row, length in zip(panels, scores.lengths, strict=True):
+            for panel, measure in zip(row, measures, strict=True):
+                _draw_blocks(panel, scores, measure, length=length)
+        return _svg(figure, "Scores of blocks of layers", alone=True)
+
+
+def _draw_blocks(panel: Axes, scores: BlockScores, measure: str, *, length: int) -> None:
+    values, best = scores.of(measure, length), scores.best_block(measure, length)[0]
+    panel.plot(range(1, len(values) + 1), values, color=COLORS[0], marker="o", markersize=3)
+    panel.plot([best], [values[best - 1]], color=COLORS[6], marker="o", markersize=6)
+    if measure in scores.whole:
+        panel.axhline(scores.whole[measure], color=COLORS[7], linewidth=1, linestyle="--")
+    what = "layer" if length == 1 else f"first of {length} layers"
+    panel.set(title=BLOCK_TITLES[measure], xlabel=f"{what} left out (best: {best})")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _log_scale(axis: Axes) -> None:
@@ -269,13 +330,17 @@ def color_of(name: str, names: Sequence[str]) -> str:
     return COLORS[list(names).index(name) % len(COLORS)]
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """The figure without the parts that only a file of its own needs; text takes the color of the page."""
+def _svg(figure: Figure, label: str, *, alone: bool = False) -> str:
+    """The figure without the parts that only a file of its own needs, unless it is `alone` in one; inside a page, text
+    takes the color of the page.
+    """
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    if alone:
+        return text
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, count=1)

@@ -15,6 +15,8 @@ SIZES = {
     "hidden_size": "hidden",
     "ffn_hidden_size": "feed-forward",
     "num_attention_heads": "query heads",
+    "num_query_groups": "query groups",
+    "vocab_size": "vocabulary",
 }  # an axis without a line here goes by its own name
 
 

@@ -10,6 +10,8 @@ from minitron_nemo.errors import UserError
 FAMILIES = ("llama", "mistral", "nemotron")
 ACTIVATIONS = ("swiglu", "squared_relu")
 NORMALIZATIONS = ("RMSNorm", "LayerNorm1p")
+# Families that transformers 5 opens only when the hidden size is a multiple of the heads, whatever `head_dim` says.
+WHOLE_HEADS = ("llama",)
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,16 @@ class ModelArch:
         """Every weight, both embedding tables included (a tied table once)."""
         norm = self.hidden_size * (2 if self.has_norm_bias else 1)
         layer = self.hidden_size * (self.qkv_size + self.query_size + self.fc1_size + self.ffn_hidden_size) + 2 * norm
+        return self.num_layers * layer + norm + self.num_embedding_params()
+
+    def num_embedding_params(self) -> int:
+        """Weights of the embedding table and of the output head (one table when they are tied)."""
         tables = 1 if self.share_embeddings_and_output_weights else 2
-        return self.num_layers * layer + norm + tables * self.vocab_size * self.hidden_size
+        return tables * self.vocab_size * self.hidden_size
+
+    def kv_cache_bytes_per_token(self, itemsize: int = 2) -> int:
+        """Bytes of the keys and values of one token in all layers; `itemsize` of a number is 2 in bf16."""
+        return 2 * self.num_layers * self.num_query_groups * self.kv_channels * itemsize
 
     def flops_per_token(self, seq_length: int) -> float:
         """Forward FLOPs per token with a head and causal (half) attention; training costs three times as much."""

@@ -79,6 +79,8 @@ AXES: dict[str, Axis] = {
         Axis("hidden_size"),
         Axis("ffn_hidden_size", per_layer=True),
         Axis("num_attention_heads", per_layer=True, within="num_query_groups"),
+        Axis("num_query_groups", per_layer=True),
+        Axis("vocab_size"),
     )
 }
 
@@ -97,7 +99,7 @@ def shrink(source: ModelArch, **sizes: int | None) -> ModelArch:
     smaller = {name: size for name, size in sizes.items() if size is not None}
     if unknown := [name for name in smaller if name not in AXES]:
         raise UserError(f"{unknown[0]}: not a prunable axis; there are {', '.join(AXES)}")
-    for axis in AXES.values():
+    for axis in blocks_first():
         blocks = None if axis.within is None else smaller.get(axis.within)
         axis.check_size(smaller.get(axis.name, axis.size(source)), source, blocks=blocks)
     return source.resized(smaller)

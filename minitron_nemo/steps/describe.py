@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.config.schema import Config, TrainingConfig
+from minitron_nemo.distributed.layout import legal_tp
 from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import AXES
+from minitron_nemo.shape.figures import FIGURES, Workload
+from minitron_nemo.shape.published import published_as
 from minitron_nemo.steps.forecast import disk_lines, model_size, training_forecast
 from minitron_nemo.steps.memory import training_memory, weight_bytes
 from minitron_nemo.steps.step import Recipe
@@ -26,7 +30,16 @@ def shapes(config: Config) -> Shapes:
     """From checkpoints on disk, else from the config."""
     cut = _arch_on_disk(config.prune.checkpoint) or config.model_arch()
     described = config.distill.teacher_model.arch() if config.distill.teacher_model is not None else cut
-    return Shapes(cut, config.prune.target.shrink(cut), _arch_on_disk(config.distill.teacher) or described)
+    return Shapes(cut, pruned_shape(config, cut), _arch_on_disk(config.distill.teacher) or described)
+
+
+def pruned_shape(config: Config, cut: ModelArch) -> ModelArch:
+    """What is left of a model: what the plan file says where one is given and there, else the target."""
+    if config.prune.plan is None or not Path(config.prune.plan).is_file():
+        return config.fit(cut).arch
+    from minitron_nemo.pruning.plan import read_plan
+
+    return read_plan(config.prune.plan).target
 
 
 def _arch_on_disk(path: str | None) -> ModelArch | None:
@@ -61,6 +74,31 @@ def describe(recipe: Recipe, config: Config) -> str:
 def model_lines(config: Config, arch: ModelArch) -> list[str]:
     """What a step that writes one model of this shape leaves on the disk."""
     return disk_lines(config, {"model": model_size(config, arch)})
+
+
+def before_and_after(config: Config) -> list[str]:
+    """What a cut changes, side by side: sizes, costs, tensor-parallel degrees, and what was published of either."""
+    model, work = shapes(config), Workload(config.data.seq_length)
+    pair = (model.cut, model.student)
+    rows = [("", "before", "after"), *((name, *(str(axis.size(arch)) for arch in pair)) for name, axis in AXES.items())]
+    for figure in FIGURES.values():
+        rows.append((figure.title, *(figure.show(figure.of(arch, work)) for arch in pair)))
+    rows.append(("tensor parallel", *(", ".join(map(str, legal_tp(arch)[:8])) for arch in pair)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"    {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    known = [(when, published_as(arch)) for when, arch in zip(("before", "after"), pair, strict=True)]
+    return [
+        f"  cut       FLOP in sequences of {work.seq_length}; memory is that of the weights",
+        *lines,
+        *(f"  published {when}: {model.describe()}" for when, model in known if model is not None),
+    ]
+
+
+def target_lines(config: Config) -> list[str]:
+    """How the target came out of a budget; none where there is no budget, or a plan says what stays."""
+    if config.prune.plan is not None or config.prune.target.budget is None:
+        return []
+    return [f"  {line}" for line in config.fit(shapes(config).cut).lines]
 
 
 def weight_lines(config: Config) -> list[str]:

@@ -46,7 +46,8 @@ def require_same_tokenizer(student: "NemoFolder", teacher: "NemoFolder") -> None
     if student.arch.vocab_size != teacher.arch.vocab_size:
         raise UserError(
             f"{student.path} has a vocabulary of {student.arch.vocab_size}, {teacher.path} one of "
-            f"{teacher.arch.vocab_size}: distillation compares token by token, so both need the same tokenizer"
+            f"{teacher.arch.vocab_size}: they are compared token by token, which needs one vocabulary; "
+            "cut the teacher to the same words (prune.target.vocab_size alone), or leave the student its vocabulary"
         )
     ours, theirs = load_tokenizer(student.tokenizer), load_tokenizer(teacher.tokenizer)
     if ours.fingerprint != theirs.fingerprint:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.lineage import ancestors
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, is_current, manifest_sha256, read_manifest
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_target
@@ -41,7 +42,14 @@ class Job:
     def origin(self) -> Origin:
         """What the artefact will say about where it comes from."""
         parents = {role: manifest_sha256(path) for role, path in self.parents.items()}
-        return Origin.of(self.kind, self.settings, parents=parents, overwrite=self.overwrite, command=_command())
+        return Origin.of(
+            self.kind,
+            self.settings,
+            parents=parents,
+            overwrite=self.overwrite,
+            command=_command(),
+            lineage=ancestors(self.parents),
+        )
 
     @property
     def is_done(self) -> bool:

@@ -13,6 +13,7 @@ from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
+from minitron_nemo.pruning.plain_forward import plain_logits
 from minitron_nemo.testing import ALONE, LAYOUTS, run_layout
 
 # Three layers do not divide over two stages; 32 original positions are far from Megatron's built-in 8192, and
@@ -104,3 +105,13 @@ def test_the_comparison_notices_a_wrong_rotary_scaling(imported, tmp_path):
         wrong = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()(tokens).logits
     (ours,) = run_layout(logits_and_copies, ALONE, [(path, tmp_path / "copy.nemo", tokens, None)])
     assert (torch.from_numpy(ours) - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plain_forward_pass_equals_transformers_and_so_the_engine(name, imported):
+    path, tokens, wanted = imported[name]
+    weights = open_nemo(path).weights
+    torch.testing.assert_close(plain_logits(weights, tokens), wanted, rtol=0, atol=1e-5)
+    in_bf16 = plain_logits(weights, tokens, dtype=torch.bfloat16)
+    assert in_bf16.dtype is torch.float32
+    assert 1e-5 < (in_bf16 - wanted).abs().max() < 0.05, "rounded to 16 bits between the products, and no coarser"

@@ -1,10 +1,9 @@
-"""Every fault of the lists beside this file."""
+"""Every fault of the lists beside this file, `of_*.py`."""
 
-from mutants import of_artefacts, of_checkpoints, of_config, of_data, of_launch, of_losses, of_pruning, of_training
+from importlib import import_module
+from pathlib import Path
+
 from mutants.fault import Fault
 
-FAULTS: list[Fault] = [
-    fault
-    for room in (of_losses, of_training, of_data, of_pruning, of_checkpoints, of_artefacts, of_config, of_launch)
-    for fault in room.FAULTS
-]
+LISTS = sorted(Path(__file__).parent.glob("of_*.py"))
+FAULTS: list[Fault] = [fault for file in LISTS for fault in import_module(f"mutants.{file.stem}").FAULTS]

@@ -171,8 +171,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/data/calibration.py",
         "documents are not kept apart in importance",
-        find='{"tokens": self.tokens, "documents": self.documents}',
-        replace='{"tokens": self.tokens}',
+        find='"documents": self.documents,',
+        replace="",
         tests="tests/unit/test_calibration.py -k documents",
     ),
 ]

@@ -18,6 +18,9 @@ from tiny_run import MODELS, NUM_STEPS, ROOT, tree, write_tiny_run
 
 from minitron_nemo.artefacts.manifest import read_manifest, verify_files
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.data.tokenizer import load_tokenizer
+from minitron_nemo.importance.scores import read_scores
+from minitron_nemo.importance.sums import read_sums
 from minitron_nemo.shape.axes import shrink
 from minitron_nemo.testing import ALONE, run_layout
 from recipes.pipeline import main as run_pipeline
@@ -112,6 +115,16 @@ def test_shapes_are_those_asked_for(chain):
     )
     assert width == shrink(teacher, hidden_size=24, ffn_hidden_size=48)
     assert depth == shrink(teacher, num_layers=2)
+
+
+def test_importance_says_what_it_was_heard_on_and_keeps_nothing_beside_it(chain):
+    run_dir, _ = chain
+    sums, scores = read_sums(run_dir / "importance"), read_scores(run_dir / "importance")
+    model = open_nemo(run_dir / "corrected_teacher.nemo")
+    assert (sums.heard.model, sums.heard.tokenizer) == (model.sha256, load_tokenizer(model.tokenizer).fingerprint)
+    assert (sums.heard.data, sums.num_samples, sums.heard.precision) == (scores.data_fingerprint, 4, "fp32")
+    assert all(torch.equal(scores[axis], anew) for axis, anew in sums.finish("l2").items())
+    assert not list(run_dir.glob("checkpoints/importance/*/samples_*"))
 
 
 def test_every_artefact_is_whole_and_names_its_parents(chain):

@@ -23,7 +23,7 @@ from minitron_nemo.importance.hooks import listening
 from minitron_nemo.importance.sites import LAYER, NEURONS
 
 ALL = list(range(1, ARCH.num_layers + 1))
-AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers")
+AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -58,7 +58,7 @@ def test_rows_land_at_their_global_layer():
 
 @pytest.mark.parametrize(("sequence", "batch"), list(itertools.product(AGGREGATIONS, AGGREGATIONS)))
 def test_one_sample_at_a_time_equals_one_batch(sequence, batch):
-    x_SBU = torch.randn(9, 6, 5, generator=torch.Generator().manual_seed(3))
+    x_SBU = torch.randn(9, 6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     hearing = Hearing(layers=2, units=5, sequence_aggregation=sequence)
     together, apart = UnitMoments(NEURONS, hearing), UnitMoments(NEURONS, hearing)
     for row in range(2):
@@ -144,7 +144,7 @@ def test_wrapped_models_virtual_chunks_and_tuple_outputs_are_heard_alike():
 def test_hooks_are_gone_after_the_with_and_after_an_exception():
     model, tapes = FakeModel(ALL), random_tapes(ARCH, seq=4, batch=2, seed=1)
     with listening(model, arch=ARCH) as statistics:
-        assert hooks_of(model) == 5 * ARCH.num_layers
+        assert hooks_of(model) == 6 * ARCH.num_layers
         model(tapes)
     assert hooks_of(model) == 0
     before = statistics.finish()
@@ -172,7 +172,7 @@ def test_listening_does_not_keep_the_graph_of_the_activations():
     with listening(model, arch=ARCH) as statistics:
         model(tapes)
     heard = [statistic for axis in statistics.statistics.values() for statistic in axis]
-    assert len(heard) == 5
+    assert len(heard) == 6
     assert all(statistic.values.any() and not statistic.values.requires_grad for statistic in heard)
 
 

@@ -1,11 +1,16 @@
 """Parameters and compute of a shape are those that torch counts on transformers' model of it."""
 
+import dataclasses
+
 import pytest
 import torch
 from hf_models import save_tiny_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitron_nemo.checkpoint.formats.hf import arch_from_hf
+from minitron_nemo.config.compose import compose
+from minitron_nemo.shape.arch import ModelArch, billions
+from minitron_nemo.shape.published import PUBLISHED, SIZES, published_as
 
 TOKENS = 16
 
@@ -38,3 +43,40 @@ def test_compute_is_that_of_the_products_of_which_causal_attention_needs_half(sh
     assert attention > 0
     # The rotary table is a product too, of one channel pair and position each.
     assert arch.flops_per_token(TOKENS) == pytest.approx(short - attention / 2, rel=1e-3)
+
+
+# layers, hidden, ffn, heads, groups, channels, vocabulary: parameters and those without embeddings, in billions, as
+# they are printed for the model (arXiv 2407.14679, 2408.11796; an error of the second's table 1 left out).
+PRINTED = {
+    "llama31_8b": ("8.03", "6.98"),
+    "mistral_nemo_12b": ("12.248", "10.906"),
+    "nemotron4_15b": ("15.63", "12.48"),
+    "minitron_8b": ("8.272", "6.175"),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_published_parameters_are_counted_with_and_without_embeddings(name):
+    arch = compose("llama31_width", [f"model={name}"]).model_arch()
+    for printed, count in zip(PRINTED[name], (arch.num_params(), arch.num_params() - arch.num_embedding_params()),
+                              strict=True):  # fmt: skip
+        assert f"{count / 1e9:.{len(printed.split('.')[1])}f}" == printed
+
+
+def test_a_token_of_the_cache_has_the_bytes_that_transformers_keeps(shape_and_model):
+    arch, model = shape_and_model
+    with torch.no_grad():
+        cache = model(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert arch.kv_cache_bytes_per_token(itemsize=4) * TOKENS == 4 * kept
+
+
+def test_a_published_model_is_known_by_its_shape_and_its_figures_are_those_of_its_sizes():
+    for model in PUBLISHED:
+        sizes = dict(zip(SIZES, model.sizes, strict=True))
+        kind = ("squared_relu", "LayerNorm1p") if model.name.startswith(("Nemotron", "Minitron")) else ()
+        arch = ModelArch(**sizes, seq_length=4096, **dict(zip(("activation", "normalization"), kind, strict=False)))
+        assert published_as(arch) == model
+        assert billions(arch.num_params()) == f"{model.parameters:g} B"
+        assert billions(arch.num_params() - arch.num_embedding_params()) == f"{model.non_embedding_parameters:g} B"
+        assert published_as(dataclasses.replace(arch, hidden_size=arch.hidden_size + 1)) is None

@@ -25,9 +25,9 @@ SOURCE = ModelArch(
 )  # fmt: skip
 # What 0 means something in; every other number begins above it.
 MAY_BE_ZERO = {
-    "seed", "teacher_window", "min_lr", "warmup_steps", "weight_decay", "betas", "gradient_clip_val",
-    "val_check_interval", "save_every_n_minutes", "save_every_n_steps", "init_method_std", "kl_weight",
-    "cross_entropy_weight",
+    "seed", "first_sample", "teacher_window", "cached_tokens", "min_lr", "num_fewshot", "warmup_steps", "weight_decay",
+    "betas", "gradient_clip_val", "val_check_interval", "save_every_n_minutes", "save_every_n_steps", "init_method_std",
+    "kl_weight", "cross_entropy_weight",
 }  # fmt: skip
 VALUES = {
     "wrong type": "certainly not",
@@ -78,7 +78,7 @@ def value_after(schema, name, value):
     for field in dataclasses.fields(schema):  # what is required is not what is asked here
         if OmegaConf.is_missing(node, field.name) and field.name != name:
             kind = typing.get_type_hints(schema)[field.name]
-            node[field.name] = "given" if kind is str else 2
+            node[field.name] = "given" if kind is str else next(iter(kind)) if issubclass(kind, Enum) else 2
     try:
         OmegaConf.update(node, name, value)
         section = OmegaConf.to_object(node)
@@ -357,9 +357,11 @@ def test_a_new_field_is_in_the_identity_unless_it_is_marked():
         where: str | None = path("")
         inner: Inner = dataclasses.field(default_factory=Inner)
         several: list[Inner] = dataclasses.field(default_factory=lambda: [Inner(4)])
+        younger: int = setting(6, "", later=True)
 
     expected = {"unmarked": 3, "declared": 0.5, "colour": "crimson", "inner": {"depth": 1}, "several": [{"depth": 4}]}
     assert identity(Section()) == expected
+    assert identity(Section(younger=7)) == expected | {"younger": 7}
 
 
 def test_how_a_step_runs_is_not_in_its_identity():
@@ -367,8 +369,12 @@ def test_how_a_step_runs_is_not_in_its_identity():
     assert set(identity(config.distill)) == {"temperature", "kl_weight", "cross_entropy_weight", "training"}
     assert set(identity(config.distill.training)) == {"max_steps", "global_batch_size", "optim"}
     assert set(identity(config.estimate_importance)) == {"num_samples", "sequence_aggregation", "batch_aggregation"}
+    config.estimate_importance.criteria.num_layers = "taylor"
+    assert identity(config.estimate_importance)["criteria"] == {"num_layers": "taylor"}, "what came later, where given"
     assert set(identity(config.evaluate)) == {"num_samples"}
     assert set(identity(config.prune)) == {"target"}
+    first = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "drop_layers"}
+    assert set(identity(config.prune.target)) == first, "what was cut before newer targets were known is still known"
     assert set(identity(config.data)) == {"seq_length", "split"}
     assert identity(config.trainer) == {"precision": Precision.auto.value}
     assert identity(config.parallel) == identity(config.export_hf) == {}

@@ -1,6 +1,7 @@
 """Cutting one tensor: what is whole is not copied, what does not fit is refused by the tensor's name."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.source import ShapedSource, stream
 from minitron_nemo.errors import UserError
+from minitron_nemo.pruning import cut as cut_module
 from minitron_nemo.pruning.cut import PrunedSource, cut
 from minitron_nemo.pruning.make_plan import make_plan
 from minitron_nemo.pruning.plan import PruningPlan, identity
@@ -68,6 +70,49 @@ def test_a_box_is_that_part_of_the_cut_tensor():
         shape = pruned.shape(name)
         box = Box(tuple(size // 3 for size in shape), tuple(size // 2 for size in shape))
         assert torch.equal(pruned.read(name, box), pruned.read(name)[box.slices()])
+
+
+def test_a_tensor_is_cut_in_blocks_of_rows_of_the_source(monkeypatch):
+    """However small the blocks, the result is that of one; and no read is larger than a block or one row."""
+    plan, source, asked = some_plan(1), Numbered(ARCH), []
+    expected = dict(stream(PrunedSource(source, plan)))
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda name, box=None: asked.append((name, box)) or read(name, box))
+    for size in (1, 40, 100):
+        monkeypatch.setattr(cut_module, "BLOCK_BYTES", size)
+        asked.clear()
+        for name, tensor in stream(PrunedSource(source, plan)):
+            assert torch.equal(tensor, expected[name]), (name, size)
+        for name, box in asked:
+            row = source.dtype(name).itemsize * math.prod(box.size[1:])
+            assert box.size[0] * row <= max(size, row), (name, box, size)
+
+
+def test_rows_that_go_at_the_ends_are_not_read(monkeypatch):
+    target = shrink(ARCH, ffn_hidden_size=2)
+    keep = identity(target).keep | {"ffn_hidden_size": ((3, 5),) * 4}
+    source, asked = Numbered(ARCH), []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda name, box=None: asked.append(box) or read(name, box))
+    PrunedSource(source, PruningPlan(ARCH, target, keep)).read("decoder.layers.0.mlp.linear_fc1.weight")
+    assert asked == [Box((3, 0), (11, 6))], "rows 3, 5 of the gate, 11 and 13 of what it gates"
+
+
+def test_a_stream_ends_with_the_tensor_that_cannot_be_read_and_not_before():
+    class Broken(Numbered):
+        def read(self, name, box=None):
+            if name == self.names()[2]:
+                raise UserError("cut short")
+            return super().read(name, box)
+
+    source = Broken(ARCH)
+    tensors = stream(source)
+    for expected in source.names()[:2]:
+        name, tensor = next(tensors)
+        assert name == expected
+        assert torch.equal(tensor, source.read(expected))
+    with pytest.raises(UserError, match="cut short"):
+        next(tensors)
 
 
 def test_a_source_of_another_shape_than_the_plans_is_refused():

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron_nemo.importance.estimators import (
     AGGREGATIONS,
+    BLOCK_ROWS,
     aggregate,
     block_importance,
     cosine_sum,
@@ -86,6 +88,67 @@ def test_moments_of_bfloat16_do_not_overflow_or_stall():
     assert moments(x).flatten().tolist() == [5000.0] * 4
     large = torch.full((4, 1, 1), 3e38, dtype=torch.bfloat16)
     assert torch.isfinite(moments(large)).all()
+
+
+ROUNDING = 2.0**-24  # of a float32
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("mean", "spread", "width"), [(0.0, 1.0, 37), (300.0, 0.5, 5), (-3.0, 1e-2, 1500), (0, 1e-6, 3)]
+)
+def test_a_long_sequence_loses_no_more_than_the_roundings_of_one_block(mean, spread, width, dtype, how):
+    """Against float64, where the sum over one float32 run of the sequence would be off by far more."""
+    generator = torch.Generator().manual_seed(width)
+    x = (torch.randn(700, 1, width, generator=generator, dtype=torch.float64) * spread + mean).to(dtype)
+    exact = aggregate(moments(x.double()), how)
+    for ours in (aggregate(moments(x), how), aggregate(moments(x, of=how), how)):
+        error = ((ours - exact).abs() / exact.clamp_min(1e-300)).max().item()
+        assert error <= BLOCK_ROWS * ROUNDING, error
+
+
+def test_blocks_end_where_the_sequence_does():
+    for rows in (0, 1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 3 * BLOCK_ROWS + 5):
+        x = torch.arange(rows, dtype=torch.float32)[:, None] + 1
+        expected = [rows, rows * (rows + 1) / 2, rows * (rows + 1) / 2, rows * (rows + 1) * (2 * rows + 1) / 6]
+        assert moments(x).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("of", "lost"), [("mean", {"l2", "variance"}), ("l2", {"mean", "variance"}), ("variance", {"mean"})]
+)
+def test_sums_that_an_aggregation_does_not_read_are_nan_and_the_others_all_there(of, lost):
+    x = activations(0, 300, 2, 3)
+    part = moments(x, of=of)
+    for how in AGGREGATIONS:
+        expected = torch.full((2, 3), torch.nan, dtype=torch.float64) if how in lost else aggregate(moments(x), how)
+        torch.testing.assert_close(aggregate(part, how), expected, equal_nan=True)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that is made while it is entered."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known, self.largest = {x.untyped_storage().data_ptr() for x in known}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, made.nbytes)
+        return result
+
+
+def test_summing_makes_nothing_of_the_size_of_the_activations():
+    x_SBU = torch.ones(4096, 2, 64)
+    y_SBU = x_SBU + 1
+    with Allocations(x_SBU, y_SBU) as made:
+        for how in (None, *AGGREGATIONS):
+            moments(x_SBU, of=how)
+        cosine_sum(x_SBU, y_SBU)
+    assert 0 < made.largest <= x_SBU.nbytes / 8, made.largest
 
 
 def test_an_unknown_aggregation_is_refused_by_name():

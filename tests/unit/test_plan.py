@@ -12,7 +12,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.pruning.make_plan import make_plan, top_units
 from minitron_nemo.pruning.plan import PruningPlan, identity, read_plan
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.axes import AXES, Axis, shrink
+from minitron_nemo.shape.axes import AXES, FIRST_AXES, shrink
 
 SOURCE = ModelArch(num_layers=5, hidden_size=10, ffn_hidden_size=12, num_attention_heads=8, num_query_groups=2,
                    kv_channels=3, vocab_size=16, seq_length=32)  # fmt: skip
@@ -76,7 +76,7 @@ def test_the_published_llama_depth_cut_keeps_layers_1_to_15_and_32():
     assert plan.layers == (*range(15), 31)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 8}, {"kv_channels": 2}, {"activation": "squared_relu"}])
+@pytest.mark.parametrize("change", [{"seq_length": 8}, {"kv_channels": 2}, {"activation": "squared_relu"}])
 def test_a_target_that_differs_in_more_than_size_is_refused(change):
     with pytest.raises(UserError, match="pruning changes only num_layers"):
         make_plan(random_scores(SOURCE), dataclasses.replace(TARGET, **change))
@@ -162,11 +162,12 @@ DAMAGE = {
     "not a list": (lambda v: _keep(v, "num_attention_heads", lambda r: 3), "keep.num_attention_heads"),
     "rows not lists": (lambda v: _keep(v, "num_attention_heads", lambda r: [1, 2, 3]), "keep.num_attention_heads"),
     "axis missing": (lambda v: v["keep"].pop("hidden_size"), "keep must have exactly the fields"),
-    "axis unknown": (lambda v: v["keep"].update(vocab_size=[1]), "keep must have exactly the fields"),
+    "axis unknown": (lambda v: v["keep"].update(kv_channels=[1]), "keep must have exactly the fields"),
     "keep not a mapping": (lambda v: v.update(keep=[]), "keep must have exactly the fields"),
     "version": (lambda v: v.update(schema_version=9), "schema_version=9, this version reads 1"),
     "target larger": (lambda v: v["target"].update(hidden_size=11), "pruning needs 1..10"),
-    "target of another vocabulary": (lambda v: v["target"].update(vocab_size=8), "differs from its source in more"),
+    "target of other channels": (lambda v: v["target"].update(kv_channels=2), "differs from its source in more"),
+    "target of another vocabulary": (lambda v: v["target"].update(vocab_size=8), "vocab_size keeps 16 units"),
     "source damaged": (lambda v: v["source"].pop("vocab_size"), "source: field 'vocab_size' is missing"),
 }
 
@@ -252,26 +253,24 @@ def test_a_file_of_the_first_version_is_read_and_written_the_same_to_the_byte(tm
     path.write_text(OLD_FILE)
     plan = read_plan(path)
     assert plan.keep == {"num_layers": ((0, 2),), "hidden_size": ((0, 2),), "ffn_hidden_size": ((1,), (0,)),
-                         "num_attention_heads": ((0, 3), (1, 2))}  # fmt: skip
+                         "num_attention_heads": ((0, 3), (1, 2)), "num_query_groups": ((0, 1),) * 2,
+                         "vocab_size": ((0, 1, 2, 3),)}  # fmt: skip
     assert plan.to_json() == OLD_FILE
 
 
-@pytest.mark.parametrize("axis", [Axis("vocab_size"), Axis("num_query_groups", per_layer=True)])
-def test_an_older_file_keeps_everything_of_an_axis_registered_since_and_stays_the_same_text(
-    tmp_path, axis, monkeypatch
-):
+@pytest.mark.parametrize("axis", [AXES[name] for name in AXES if name not in FIRST_AXES])
+def test_an_older_file_keeps_everything_of_an_axis_registered_since_and_stays_the_same_text(tmp_path, axis):
     path = tmp_path / "plan.json"
     path.write_text(OLD_FILE)
-    monkeypatch.setitem(AXES, axis.name, axis)
     plan = read_plan(path)
     everything = tuple(range(axis.size(plan.source)))
     assert plan.keep[axis.name] == (everything,) * (2 if axis.per_layer else 1)
     assert plan.to_json() == OLD_FILE
 
 
-def test_an_axis_that_was_not_scored_is_kept_whole_or_refused_by_name(monkeypatch):
+def test_an_axis_that_was_not_scored_is_kept_whole_or_refused_by_name():
     scores = random_scores(SOURCE)
-    monkeypatch.setitem(AXES, "vocab_size", Axis("vocab_size"))
+    scores = dataclasses.replace(scores, by_axis={axis: scores[axis] for axis in FIRST_AXES})
     assert make_plan(scores, TARGET).units("vocab_size") == tuple(range(16))
     with pytest.raises(UserError, match="importance of vocab_size: not scored, only num_layers, hidden_size"):
         make_plan(scores, shrink(SOURCE, vocab_size=8))

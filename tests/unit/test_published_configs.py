@@ -2,9 +2,11 @@
 
 import pytest
 
-from minitron_nemo.config.compose import compose
+from minitron_nemo.config.compose import Composition, compose
 from minitron_nemo.config.rules import check_ranks, check_training
 from minitron_nemo.shape.arch import billions
+from minitron_nemo.steps.chain import steps_of
+from recipes.pipeline import recipe_named
 
 # config: (teacher or source, student) parameters and distillation tokens in billions, calibration samples.
 PUBLISHED = {
@@ -81,6 +83,20 @@ def test_second_cut_starts_from_the_first_student_and_keeps_the_first_teacher():
     assert second.distill.teacher == first.distill.teacher
     assert second.model_arch() == first.prune.target.shrink(first.model_arch())
     assert second.prepare_data.output == first.prepare_data.output
+
+
+def test_the_pipeline_of_the_second_cut_begins_with_the_steps_of_the_first():
+    composition = Composition("nemotron4_4b")
+    steps = steps_of(composition, composition.compose(), find=recipe_named)
+    first = compose("nemotron4_8b")
+    of_first = [step for step in steps if step.config.name == first.name]
+    recipes = [step.recipe for step in first.pipeline.steps if step.recipe != "export_hf"]
+    assert [step.recipe.name for step in of_first] == recipes
+    for step in of_first:
+        for section in ("model", "data", "prepare_data", "estimate_importance", "prune", "evaluate"):
+            assert getattr(step.config, section) == getattr(first, section), section
+        assert step.config.distill.output == first.distill.output
+        assert step.config.distill.training == first.distill.training
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,5 +1,6 @@
 """An axis more is a row more and a criterion more is a record more: no other code knows of either."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.source import ShapedSource
+from minitron_nemo.config.importance import CriteriaConfig
+from minitron_nemo.config.setting import setting_of
 from minitron_nemo.distributed.spread import Spread
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.accumulators import UnitMoments
-from minitron_nemo.importance.criteria import CRITERIA, Criterion, scores_in_each_layer
+from minitron_nemo.importance.criteria import CRITERIA, KNOWN, Criterion, chosen, names_of, scores_in_each_layer
 from minitron_nemo.importance.estimators import aggregate, moments
 from minitron_nemo.importance.hooks import listening
 from minitron_nemo.importance.scores import read_scores
@@ -23,8 +26,7 @@ from minitron_nemo.pruning.make_plan import make_plan
 from minitron_nemo.pruning.plan import PruningPlan, identity, read_plan
 from minitron_nemo.shape.axes import AXES, Axis, shrink
 
-GROUPS = Axis("num_query_groups", per_layer=True)
-WORDS = Axis("vocab_size")
+GROUPS = AXES["num_query_groups"]
 
 
 class Drawn(ShapedSource):
@@ -61,8 +63,7 @@ def check_groups_cut(plan: PruningPlan, source: Drawn) -> None:
     assert torch.equal(pruned.read("output_layer.weight"), source.read("output_layer.weight"))
 
 
-def test_query_groups_are_pruned_with_their_heads_by_one_more_row(monkeypatch, tmp_path):
-    monkeypatch.setitem(AXES, GROUPS.name, GROUPS)
+def test_query_groups_are_pruned_with_their_heads(tmp_path):
     target = shrink(ARCH, num_query_groups=2, num_attention_heads=4)
     keep = identity(target).keep | {
         "num_query_groups": ((0, 2), (1, 3), (2, 3), (0, 1)),
@@ -79,8 +80,7 @@ def test_query_groups_are_pruned_with_their_heads_by_one_more_row(monkeypatch, t
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_heads_compete_inside_the_groups_that_stay(monkeypatch, seed):
-    monkeypatch.setitem(AXES, GROUPS.name, GROUPS)
+def test_heads_compete_inside_the_groups_that_stay(seed):
     scores = random_scores(ARCH, seed=seed)
     plan = make_plan(scores, shrink(ARCH, num_layers=3, num_query_groups=2, num_attention_heads=2))
     for place, layer in enumerate(plan.layers):
@@ -106,8 +106,7 @@ def test_one_choice_of_groups_serves_every_layer_where_the_axis_says_so(monkeypa
     check_groups_cut(plan, Drawn(ARCH))
 
 
-def test_words_are_pruned_by_one_more_row(monkeypatch, tmp_path):
-    monkeypatch.setitem(AXES, WORDS.name, WORDS)
+def test_words_are_pruned_from_both_tables(tmp_path):
     words = (0, 3, 4, 9, 31)
     target = shrink(ARCH, vocab_size=5)
     plan = PruningPlan(ARCH, target, identity(target).keep | {"vocab_size": (words,)})
@@ -132,8 +131,7 @@ GROUP_SITE = Site("groups", input_of("self_attention.linear_proj", group_norms),
 GROUP_CRITERION = Criterion("num_query_groups", (GROUP_SITE,), UnitMoments, scores_in_each_layer)
 
 
-def test_a_criterion_more_is_a_record_more(monkeypatch, tmp_path):
-    monkeypatch.setitem(AXES, GROUPS.name, GROUPS)
+def test_a_criterion_more_is_a_record_more(tmp_path):
     tapes = random_tapes(ARCH, seq=6, batch=3, seed=4)
     model = FakeModel([1, 2, 3, 4])
     with listening(model, arch=ARCH, criteria=CRITERIA | {GROUPS.name: GROUP_CRITERION}) as statistics:
@@ -166,3 +164,43 @@ def test_criteria_can_be_fewer_and_the_others_are_neither_heard_nor_scored():
 def test_every_criterion_scores_an_axis_of_the_registry_under_its_name():
     assert set(CRITERIA) <= set(AXES)
     assert all(name == criterion.axis for name, criterion in CRITERIA.items())
+
+
+def test_every_criterion_has_a_name_of_its_own_and_the_settings_name_them_all():
+    fields = {field.name: field for field in dataclasses.fields(CriteriaConfig)}
+    assert set(fields) == {criterion.axis for criterion in KNOWN}
+    for axis, field in fields.items():
+        assert names_of(axis) == [field.default, *(name for name in setting_of(field).choices if name != field.default)]
+    assert CriteriaConfig().named() == {}
+    assert CriteriaConfig(num_layers="taylor").named() == {"num_layers": "taylor"}
+
+
+def test_query_groups_are_scored_where_they_are_an_axis(monkeypatch):
+    monkeypatch.delitem(AXES, GROUPS.name, raising=False)
+    assert GROUPS.name not in chosen()
+    with pytest.raises(UserError, match="num_query_groups: no axis that is scored; there are num_layers"):
+        chosen({GROUPS.name: "channel_norm"})
+    monkeypatch.setitem(AXES, GROUPS.name, GROUPS)
+    assert chosen()[GROUPS.name].name == "token_norm"
+    assert chosen({GROUPS.name: "taylor"})[GROUPS.name].gradients
+    with pytest.raises(UserError, match="num_query_groups by the criterion 'taste': allowed are token_norm, channel"):
+        chosen({GROUPS.name: "taste"})
+
+
+def test_a_gradient_of_a_norm_that_is_fused_into_its_projection_is_refused():
+    model = FakeModel([1, 2, 3, 4])
+    model.decoder.layers[2].mlp.linear_fc1.layer_norm_weight = torch.ones(ARCH.hidden_size)
+    with (
+        pytest.raises(UserError, match=r"pre_mlp_layernorm is fused into mlp\.linear_fc1"),
+        listening(model, arch=ARCH, criteria=chosen({"hidden_size": "taylor"})),
+    ):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_listening_for_gradients_without_a_backward_pass_is_noticed():
+    model = FakeModel([1, 2, 3, 4])
+    with listening(model, arch=ARCH, criteria=chosen({"ffn_hidden_size": "taylor"})) as statistics:
+        model(random_tapes(ARCH, seq=6, batch=3, seed=4))
+    with pytest.raises(RuntimeError, match="ffn_hidden_size at linear_fc2_gradient"):
+        statistics.finish()

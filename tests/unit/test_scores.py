@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import ImportanceScores, read_scores
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.axes import AXES, Axis
+from minitron_nemo.shape.axes import AXES, FIRST_AXES
 
 ARCH = ModelArch(num_layers=3, hidden_size=8, ffn_hidden_size=10, num_attention_heads=4, num_query_groups=2,
                  kv_channels=2, vocab_size=32, seq_length=64)  # fmt: skip
@@ -30,10 +30,14 @@ def test_scores_read_back_are_the_ones_written_bit_for_bit(tmp_path, seed):
     assert all(getattr(back, name) == getattr(scores, name) for name in facts)
 
 
+SCORED_IN_LAYERS = [name for name, axis in AXES.items() if axis.per_layer]
+
+
 def test_tensors_are_named_by_axis_and_layer(tmp_path):
     random_scores(ARCH).write(tmp_path)
-    layers = [f"{axis}.layer_{i:02d}" for axis in ("ffn_hidden_size", "num_attention_heads") for i in range(3)]
-    assert sorted(load_file(tmp_path / "scores.safetensors")) == sorted(["hidden_size", "num_layers", *layers])
+    whole = [name for name, axis in AXES.items() if not axis.per_layer]
+    layers = [f"{axis}.layer_{i:02d}" for axis in SCORED_IN_LAYERS for i in range(3)]
+    assert sorted(load_file(tmp_path / "scores.safetensors")) == sorted([*whole, *layers])
 
 
 def test_the_table_counts_layers_from_one_and_shows_their_block_importance(tmp_path):
@@ -45,6 +49,15 @@ def test_the_table_counts_layers_from_one_and_shows_their_block_importance(tmp_p
         scores["num_layers"].tolist(), rel=1e-5
     )
     assert facts["num_samples"] == 16
+
+
+def test_criteria_that_are_not_the_defaults_are_said_and_layers_are_then_called_by_theirs(tmp_path):
+    scores = dataclasses.replace(random_scores(ARCH), criteria={"num_layers": "taylor"})
+    scores.write(tmp_path)
+    facts = json.loads((tmp_path / "scores.json").read_text())
+    assert facts["criteria"] == {"num_layers": "taylor"} == read_scores(tmp_path).criteria
+    assert "layer_taylor" in facts["layers"][0]
+    assert "block_importance" not in facts["layers"][0]
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -66,13 +79,10 @@ def test_scores_of_no_axis_are_refused_and_an_axis_without_scores_is_named():
         dataclasses.replace(scores, by_axis={"num_layers": torch.ones(3)})["hidden_size"]
 
 
-def test_the_facts_say_which_axes_were_scored_only_where_they_are_others_than_the_first_four(tmp_path, monkeypatch):
-    monkeypatch.setitem(AXES, "vocab_size", Axis("vocab_size"))
+def test_the_facts_say_which_axes_were_scored_only_where_they_are_others_than_the_first_four(tmp_path):
     everything = random_scores(ARCH)
     of_few = dataclasses.replace(everything, by_axis={"hidden_size": everything["hidden_size"]})
-    of_four = dataclasses.replace(
-        everything, by_axis={axis: scores for axis, scores in everything.by_axis.items() if axis != "vocab_size"}
-    )
+    of_four = dataclasses.replace(everything, by_axis={axis: everything[axis] for axis in FIRST_AXES})
     for name, scores, axes in (
         ("all", everything, list(AXES)),
         ("few", of_few, ["hidden_size"]),
@@ -165,6 +175,7 @@ DAMAGE = {
         "tensor 'ffn_hidden_size.layer_03' is of no axis",
     ),
     "axes not a list": (lambda folder: _change_fact(folder, "axes", "hidden_size"), "axes='hidden_size'"),
+    "criteria not a mapping": (lambda folder: _change_fact(folder, "criteria", ["taylor"]), "criteria=['taylor']"),
     "unknown axis": (lambda folder: _change_fact(folder, "axes", ["kv_channels"]), "allowed are num_layers"),
     "uneven layers": (
         lambda folder: _change_tensors(folder, lambda t: t.update({"ffn_hidden_size.layer_02": torch.ones(9)})),

@@ -54,6 +54,11 @@ def refusal(path, **settings):
     return str(caught.value)
 
 
+def packed(content):
+    """The same bytes whenever they are made, as names of tests hold them."""
+    return gzip.compress(content, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -63,10 +68,10 @@ def refusal(path, **settings):
         ("a.json", lines()),
         ("a.json", array()),
         ("a.json", b"\xef\xbb\xbf  \n" + array()),
-        ("a.jsonl.gz", gzip.compress(lines())),
-        ("a.json.gz", gzip.compress(lines())),
-        ("a.json.gz", gzip.compress(array())),
-        ("a.jsonl.gz", gzip.compress(lines(TEXTS[:9])) + gzip.compress(lines(TEXTS[9:]))),
+        ("a.jsonl.gz", packed(lines())),
+        ("a.json.gz", packed(lines())),
+        ("a.json.gz", packed(array())),
+        ("a.jsonl.gz", packed(lines(TEXTS[:9])) + packed(lines(TEXTS[9:]))),
     ],
 )
 def test_the_documents_are_the_same_however_they_are_kept(tmp_path, name, content):
@@ -112,18 +117,18 @@ def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_re
 
 
 def test_a_packed_plain_file_is_one_document(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))
+    (tmp_path / "a.txt.gz").write_bytes(packed(TEXTS[0].encode()))
     assert documents(tmp_path) == TEXTS[:1]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl.gz", gzip.compress(lines())[:-12], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(lines())[:40] + b"\0" * 40, "cannot be read"),
+        ("a.jsonl.gz", packed(lines())[:-12], "cannot be read"),
+        ("a.jsonl.gz", packed(lines())[:40] + b"\0" * 40, "cannot be read"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(lines(TEXTS[:3]) + b"{\n"), "line 4: "),
+        ("a.jsonl.gz", packed(lines(TEXTS[:3]) + b"{\n"), "line 4: "),
         ("a.json", b"[1]", "entry 1: expected a JSON object, got int"),
         ("a.json", b'[{"text": "ok"}, {"body": "x"}]', "entry 2: no key 'text', it has 'body'"),
         ("a.json", b'[{"text": "ok"}', "not a JSON array"),
@@ -140,7 +145,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, content, says):
 
 @pytest.mark.parametrize(("name", "make"), [("a.jsonl.gz", lines), ("a.txt.gz", lines), ("a.json.gz", array)])
 def test_a_packed_file_that_swells_without_end_is_refused(tmp_path, monkeypatch, name, make):
-    (tmp_path / name).write_bytes(gzip.compress(make(["x" * 10_000])))
+    (tmp_path / name).write_bytes(packed(make(["x" * 10_000])))
     monkeypatch.setattr(text_files, "DOCUMENT_LIMIT", 5000)
     assert "one document of more than 5000 bytes" in refusal(tmp_path / name)
 
@@ -153,7 +158,7 @@ def mixed(tmp_path):
     for name in ("a.txt", "b.md", "c.py"):
         (folder / name).write_text(f"text of {name}")
     for name in ("x.csv", "y.csv", "z.pdf", "LICENSE", "w.csv.gz"):
-        (folder / name).write_bytes(gzip.compress(b"1,2") if name.endswith("gz") else b"1,2")
+        (folder / name).write_bytes(packed(b"1,2") if name.endswith("gz") else b"1,2")
     return folder
 
 
@@ -188,7 +193,7 @@ def test_a_packed_file_is_one_piece_and_lines_are_divided(tmp_path, monkeypatch)
     monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     counts = {}
     for name, content in (
-        ("a.jsonl", lines()), ("b.json", lines()), ("c.json", array()), ("d.jsonl.gz", gzip.compress(lines())),
+        ("a.jsonl", lines()), ("b.json", lines()), ("c.json", array()), ("d.jsonl.gz", packed(lines())),
     ):  # fmt: skip
         path = tmp_path / name
         path.write_bytes(content)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minitron_nemo.errors import UserError
-from minitron_nemo.shape.arch import ModelArch, RopeScaling
+from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "nemotron": "NemotronForCausalLM"}
 # What transformers takes when the field is absent.
@@ -182,12 +182,9 @@ def _rope_fields(arch: ModelArch, *, is_nested: bool) -> dict[str, Any]:
 
 
 def export_doubt(target: ModelArch, *, largest: int) -> str | None:
-    """What to choose instead of a hidden size (of at most `largest`) that transformers 5 refuses; None when it is fine.
-
-    It opens a Llama only when the hidden size is a multiple of the heads, whatever `head_dim` says.
-    """
+    """What to choose instead of a hidden size (of at most `largest`) that transformers 5 refuses, or None."""
     hidden, heads = target.hidden_size, target.num_attention_heads
-    if target.family != "llama" or hidden % heads == 0:
+    if target.family not in WHOLE_HEADS or hidden % heads == 0:
         return None
     below = hidden // heads * heads
     choices = [f"hidden_size={size}" for size in (below, below + heads) if 0 < size <= largest]

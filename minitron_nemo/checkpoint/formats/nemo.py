@@ -1,7 +1,7 @@
 """The model artefact: a `name.nemo/` folder with its shape, its weights as torch_dist shards and its tokenizer."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,10 +140,12 @@ def write_nemo(
     origin: Origin,
     extra: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    prove: Callable[[TorchDistWeights], Mapping[str, Any]] | None = None,
 ) -> None:
     """Publish a model artefact from a stream of its logical tensors, taking one at a time and storing it as `dtype`.
 
-    `files` are further files of the folder, by relative name; `extra` are further facts for the manifest.
+    `files` are further files of the folder, by relative name; `extra` are further facts for the manifest. `prove` is
+    given the weights as they were written: what it returns are facts too, and when it raises nothing is published.
     """
     check_free_space(path, arch.num_params() * dtype.itemsize)
     facts = {**model_facts(arch, dtype), **(extra or {})}
@@ -154,3 +156,5 @@ def write_nemo(
         (draft.folder / WEIGHTS).mkdir()
         hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype)
         draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
+        if prove is not None:
+            draft.extra.update(prove(TorchDistWeights(draft.folder / WEIGHTS, arch, source=CONFIG_FILE)))

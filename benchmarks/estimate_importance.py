@@ -1,0 +1,84 @@
+"""What the hooks of importance estimation cost over the bare forward passes that they listen to.
+
+    python benchmarks/estimate_importance.py [--repeats 5] [--threads 1]
+
+One process, one model of random weights for each shape; bare and hooked forward passes take turns, and the ratio is
+that of the fastest of each, in CPU seconds of the process, which others on the machine disturb less than the clock.
+`--aggregation` is the one over the sequence: each takes other sums.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+
+import torch
+
+from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.testing import random_batch, run_layout
+
+# name: (layers, hidden, ffn, heads, query groups, channels of a head), samples in a pass, tokens of a sample, dtype
+SHAPES = {
+    "quickstart": ((6, 128, 384, 4, 2, 32), 16, 256, "float32"),
+    "hidden 512": ((2, 512, 1792, 8, 4, 64), 2, 512, "float32"),
+    "hidden 1024": ((2, 1024, 3584, 16, 8, 64), 1, 1024, "float32"),
+    "hidden 1024, bf16": ((2, 1024, 3584, 16, 8, 64), 1, 256, "bfloat16"),
+}
+
+
+def arch_of(sizes: tuple[int, ...], seq_length: int) -> ModelArch:
+    layers, hidden, ffn, heads, groups, channels = sizes
+    return ModelArch(num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
+                     num_query_groups=groups, kv_channels=channels, vocab_size=2048, seq_length=seq_length)  # fmt: skip
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def compare(groups: Groups, name: str, aggregation: str, repeats: int, threads: int) -> tuple[float, float]:
+    """CPU seconds of the fastest bare and of the fastest hooked forward pass of a shape."""
+    from minitron_nemo.engine.model import BuildOptions, build_model
+    from minitron_nemo.engine.schedule import forward_hidden
+    from minitron_nemo.importance.hooks import listening
+
+    torch.set_num_threads(threads)
+    sizes, samples, tokens, dtype = SHAPES[name]
+    arch = arch_of(sizes, tokens)
+    model = build_model(arch, BuildOptions(groups=groups, dtype=getattr(torch, dtype))).eval()
+    batch = [{"tokens": random_batch(arch, samples=samples, seq_length=tokens)["tokens"]}]
+    bare, hooked = [], []
+    for _ in range(repeats + 1):
+        bare.append(cpu_seconds(lambda: forward_hidden(model, batch)))
+        with listening(model, arch=arch, sequence_aggregation=aggregation, groups=groups):
+            hooked.append(cpu_seconds(lambda: forward_hidden(model, batch)))
+    return min(bare[1:]), min(hooked[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--aggregation", nargs="+", default=["mean"], choices=["mean", "l2", "variance"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    options = parser.parse_args()
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core {version('megatron-core')}"
+    )
+    print(f"{date.today()}, {platform.machine()}, {options.threads} thread(s), {options.repeats} repeats, {versions}")
+    print(f"{'shape':<19}{'tokens':>8}{'aggregation':>13}{'bare CPU s':>12}{'hooked':>9}{'ratio':>8}")
+    for name in options.shapes:
+        for how in options.aggregation:
+            bare, hooked = run_layout(compare, Layout(), name, how, options.repeats, options.threads)
+            tokens = SHAPES[name][1] * SHAPES[name][2]
+            print(f"{name:<19}{tokens:>8}{how:>13}{bare:>12.3f}{hooked:>9.3f}{hooked / bare:>8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
