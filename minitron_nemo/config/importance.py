@@ -75,7 +75,10 @@ class EstimateImportanceConfig:
     sequence_aggregation: Aggregation = setting(Aggregation.mean, "over the tokens of a sample")
     batch_aggregation: Aggregation = setting(Aggregation.l2, "over the samples")
     second_moments: bool = setting(
-        False, "keep the second moments that `prune.repairs` needs beside the scores; large: docs/method.md", later=True
+        False,
+        "keep the second moments that `prune.repairs` needs beside the scores; large (docs/method.md), and such a run "
+        "begins anew when it was stopped",
+        later=True,
     )
     criteria: CriteriaConfig = setting(CriteriaConfig(), "by what each axis is scored, see its rows", later=True)
 

@@ -267,7 +267,7 @@ class PruneConfig:
     checkpoint: str | None = path("model to cut", place="corrected_teacher.nemo")
     importance: str | None = path("its scores", place="importance")
     blocks: str | None = path("scores of its blocks, for `target.drop_by`", place="blocks")
-    plan: str | None = path("a `plan.json` to apply; `importance` and `target` are then not used")
+    plan: str | None = path("a `plan.json` to apply; `target` is then not used, `importance` by repairs alone")
     target: TargetConfig = field(default_factory=TargetConfig)
     repairs: RepairsConfig = field(default_factory=RepairsConfig)
     proof: bool = setting(

@@ -1,11 +1,14 @@
 """How often each token occurs in what a model will be trained on: its vocabulary is pruned by it."""
 
 import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.corpus_files import content_fingerprint
 from minitron_nemo.data.corpus_index import open_index, with_suffix
@@ -43,23 +46,21 @@ def _counts(prefix: Path, blend: Blend) -> np.ndarray:
     """Occurrences of each id in the training part of a corpus, [vocab_size] int64."""
     tokens = training_tokens(prefix, blend.split)
     key = hashlib.sha256(f"{content_fingerprint(prefix)} {tokens} {blend.vocab_size}".encode()).hexdigest()
-    cached = blend.cache / f"token_counts_{key[:16]}.npy"
+    cached = blend.cache / f"token_counts_{key[:16]}.json"
     if (found := _cached(cached, blend.vocab_size)) is not None and found.sum() == tokens:
         return found
     counts = np.zeros(blend.vocab_size, dtype=np.int64)
     with progress(tokens, f"count {prefix.name}", unit="token", enabled=tokens >= WORTH_A_LINE) as bar:
         for block in _blocks(prefix, tokens, bar):
-            if int(block.min()) < 0 or int(block.max()) >= blend.vocab_size:
+            low, high = int(block.min()), int(block.max())
+            if low < 0 or high >= blend.vocab_size:
                 raise UserError(
-                    f"{with_suffix(prefix, '.bin')}: holds an id of {int(block.max())}, the model has ids "
+                    f"{with_suffix(prefix, '.bin')}: holds an id of {low if low < 0 else high}, the model has ids "
                     f"0..{blend.vocab_size - 1}; prepare the text with the model's tokenizer"
                 )
             counts += np.bincount(block, minlength=blend.vocab_size)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cached, counts, allow_pickle=False)
-    except OSError:
-        pass  # keeping is for speed alone
+    with suppress(OSError, UserError):  # keeping is for speed alone
+        write_text_atomically(cached, json.dumps(counts.tolist()))
     return counts
 
 
@@ -76,7 +77,7 @@ def _blocks(prefix: Path, tokens: int, bar: ProgressReporter) -> Iterator[np.nda
 def _cached(path: Path, size: int) -> np.ndarray | None:
     """Counts kept by an earlier run; None where there are none, or none that can be read."""
     try:
-        counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+        counts = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
-    return counts if counts.dtype == np.int64 and counts.shape == (size,) and counts.min(initial=0) >= 0 else None
+    return counts if counts.shape == (size,) and counts.min(initial=0) >= 0 else None

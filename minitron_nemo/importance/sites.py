@@ -185,10 +185,10 @@ NORM_BEFORE_MLP = Site(
     Spread.REPLICATED,
     Spread.PARTIAL,
 )
-HEAD_CHANNELS = Site("linear_proj", input_of("self_attention.linear_proj"), Spread.SHARDED, Spread.REPLICATED)
 FINAL_NORM = Site("final_layernorm", output_of_layer, Spread.REPLICATED, Spread.PARTIAL)
 
-# Of the criteria that are not the published code's.
+# Of second moments, and of the criteria that are not the default.
+HEAD_CHANNELS = Site("linear_proj", input_of("self_attention.linear_proj"), Spread.SHARDED, Spread.REPLICATED)
 FINAL_NORM_OUTPUT = Site("final_layernorm", output_of("final_layernorm"), Spread.REPLICATED, Spread.PARTIAL, once=True)
 BEFORE_ACTIVATION = Site("linear_fc1", output_of("mlp.linear_fc1", _into_activation), Spread.SHARDED, Spread.REPLICATED)
 QUERY_GROUPS = Site(

@@ -42,7 +42,7 @@ class PrunedSource(ShapedSource):
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Read in blocks of rows, so that of the source no more than a block is in memory."""
         logical, origin = self.tensors[name], self._origin(name)
-        elements = _kept_of_each(logical, plan=self.plan)
+        elements = kept_of_each(logical, plan=self.plan)
         box = whole(self.shape(name)) if box is None else box
         if all(kept is None for kept in elements):
             return self.source.read(origin, box)
@@ -63,18 +63,6 @@ class PrunedSource(ShapedSource):
         return dataclasses.replace(tensor, layer=layer).name
 
 
-def cut(tensor: Tensor, logical: LogicalTensor, *, plan: PruningPlan) -> Tensor:
-    """The kept part of one tensor of the source; one that stays whole is not copied.
-
-    `logical` is the tensor of the pruned model, its layer counted there. Raises ValueError naming it when the shape
-    is not the source's, when the plan does not say what stays, and when what stays is not of the target's shape.
-    """
-    shape = logical.shape(plan.source)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{logical.name}: shape {list(tensor.shape)}, the plan's source has {list(shape)}")
-    return select(tensor, _kept_of_each(logical, plan=plan))
-
-
 def kept_elements(logical: LogicalTensor, dimension: int, *, plan: PruningPlan) -> Tensor | None:
     """Which elements of a dimension of the source's tensor stay, ascending; None when all do.
 
@@ -87,7 +75,7 @@ def kept_elements(logical: LogicalTensor, dimension: int, *, plan: PruningPlan) 
         raise ValueError(f"{logical.name}: dimension {dimension}: {error.args[0]}") from None
 
 
-def _kept_of_each(logical: LogicalTensor, *, plan: PruningPlan) -> list[Tensor | None]:
+def kept_of_each(logical: LogicalTensor, *, plan: PruningPlan) -> list[Tensor | None]:
     """`kept_elements` of every dimension; ValueError when that is not of the target's shape."""
     elements = [kept_elements(logical, dimension, plan=plan) for dimension in range(len(logical.row.dims))]
     pairs = zip(elements, logical.shape(plan.source), strict=True)

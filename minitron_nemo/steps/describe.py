@@ -103,8 +103,8 @@ def target_lines(config: Config) -> list[str]:
 
 def weight_lines(config: Config) -> list[str]:
     """Memory of a step that only runs a model forward."""
-    weights = shapes(config).cut.num_params() * 2 / config.layout.model_ranks
-    return [f"  memory    {weights / GIB:.2f} GiB a rank for bf16 weights"]
+    weights = shapes(config).cut.num_params() * weight_bytes(config) / config.layout.model_ranks
+    return [f"  memory    {weights / GIB:.2f} GiB a rank for {_precision(config)} weights"]
 
 
 def training_lines(config: Config, training: TrainingConfig, *, with_teacher: bool) -> list[str]:
@@ -119,10 +119,13 @@ def training_lines(config: Config, training: TrainingConfig, *, with_teacher: bo
     stage, parts = training_memory(config, training, student=trained, teacher=teacher if with_teacher else None)
     memory = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     where = f" of stage {stage + 1}" if config.layout.pp > 1 else ""
-    precision = "bf16" if weight_bytes(config) == 2 else "fp32"
     return [
         f"  training  {training.max_steps} steps x {training.global_batch_size} samples = {tokens / 1e9:.3g} B tokens, "
         f"{flops / 1e9:.3g} GFLOP a token",
-        f"  memory    {sum(parts.values()) / GIB:.2f} GiB a rank{where} in {precision} (GiB: {memory})",
+        f"  memory    {sum(parts.values()) / GIB:.2f} GiB a rank{where} in {_precision(config)} (GiB: {memory})",
         *training_forecast(config, training, trained=trained, flops_per_token=flops),
     ]
+
+
+def _precision(config: Config) -> str:
+    return "bf16" if weight_bytes(config) == 2 else "fp32"

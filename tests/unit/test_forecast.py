@@ -6,7 +6,7 @@ import pytest
 
 from minitron_nemo.config.compose import compose
 from minitron_nemo.errors import UserError
-from minitron_nemo.steps.describe import describe, training_lines
+from minitron_nemo.steps.describe import describe, training_lines, weight_lines
 from minitron_nemo.steps.forecast import checkpoint_sizes, model_size, token_bytes
 from recipes import distill, import_hf
 
@@ -67,6 +67,13 @@ def test_weights_are_counted_in_the_precision_of_the_run():
     for overrides, size in (([], 2), (["trainer.precision=fp32"], 4), (["trainer.accelerator=cpu"], 4),
                             (["trainer.accelerator=cpu", "trainer.precision=bf16"], 2)):  # fmt: skip
         assert model_size(compose("llama31_width", overrides), arch) == size * arch.num_params()
+
+
+def test_a_step_that_runs_a_model_forward_says_the_memory_of_its_precision():
+    """8.03 B parameters over two tensor-parallel ranks, two bytes each or four."""
+    for precision, gib in (("bf16", 7.48), ("fp32", 14.96)):
+        config = compose("llama31_width", [f"trainer.precision={precision}"])
+        assert weight_lines(config) == [f"  memory    {gib:.2f} GiB a rank for {precision} weights"]
 
 
 def test_tokens_have_the_bytes_that_megatron_gives_them():

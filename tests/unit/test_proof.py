@@ -6,14 +6,12 @@ import json
 
 import pytest
 import torch
+from in_memory import InMemory
 from random_scores import random_scores
-from torch import Tensor
 
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
-from minitron_nemo.checkpoint.geometry import Box
-from minitron_nemo.checkpoint.random_init import RandomWeights
-from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.errors import UserError
 from minitron_nemo.pruning import proof
 from minitron_nemo.pruning.cut import PrunedSource
@@ -31,24 +29,6 @@ from minitron_nemo.testing import TINY
 SMALLER = {"num_layers": 3, "hidden_size": 36, "ffn_hidden_size": 50, "num_attention_heads": 4}
 CASES = [*SMALLER, "all"]
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-class InMemory(ShapedSource):
-    """Random weights that make logits differ: norms too, biases not zero."""
-
-    def __init__(self, arch, dtype):
-        super().__init__(arch)
-        generator = torch.Generator().manual_seed(1)
-        self.model = {}
-        for name, drawn in stream(RandomWeights(arch, seed=0)):
-            noise = torch.randn(drawn.shape, generator=generator)
-            self.model[name] = (3 * drawn if drawn.dim() > 1 else drawn + 0.3 * noise).to(dtype)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.model[name].dtype
-
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        return self.model[name] if box is None else self.model[name][box.slices()]
 
 
 def plan_for(arch, axis, seed=3):

@@ -5,15 +5,14 @@ import itertools
 
 import pytest
 import torch
+from in_memory import InMemory
 from plain_moments import recorded, write_moments
 from random_scores import random_scores
-from torch import Tensor
 
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.geometry import Box
-from minitron_nemo.checkpoint.random_init import RandomWeights
-from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.config.repairs import HeadResidual, RepairsConfig
 from minitron_nemo.config.schema import identity as fingerprinted
 from minitron_nemo.errors import UserError
@@ -39,22 +38,6 @@ KINDS = {
     "residual_stream": Repairs(residual_stream=True),
     "norm_bias": Repairs(norm_bias=True),
 }
-
-
-class InMemory(ShapedSource):
-    def __init__(self, arch, dtype=torch.float32):
-        super().__init__(arch)
-        generator = torch.Generator().manual_seed(1)
-        self.model = {}
-        for name, drawn in stream(RandomWeights(arch, seed=0)):
-            noise = torch.randn(drawn.shape, generator=generator)
-            self.model[name] = (3 * drawn if drawn.dim() > 1 else drawn + 0.3 * noise).to(dtype)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.model[name].dtype
-
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        return self.model[name] if box is None else self.model[name][box.slices()]
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ Shapes: O outputs, U inputs of the source, K of them kept.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,7 @@ def repaired(
     return found
 
 
-class _Repair(ShapedSource):
+class _Repair(ShapedSource, ABC):
     """A pruned model around another one, some of whose tensors are computed anew."""
 
     def __init__(self, inner: TensorSource, plan: PruningPlan, moments: SecondMomentFile) -> None:
@@ -96,9 +97,9 @@ class _Repair(ShapedSource):
         found = found.to(self.dtype(name))
         return found if box is None else found[box.slices()]
 
+    @abstractmethod
     def repair(self, tensor: LogicalTensor) -> Tensor | None:
         """The tensor of the pruned model, None when it stays what it is."""
-        raise NotImplementedError
 
     def origin(self, tensor: LogicalTensor) -> LogicalTensor:
         """The tensor of the source that it was cut from."""
