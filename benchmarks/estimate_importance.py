@@ -4,20 +4,26 @@
 
 One process, one model of random weights for each shape; bare and hooked forward passes take turns, and the ratio is
 that of the fastest of each, in CPU seconds of the process, which others on the machine disturb less than the clock.
+`read` is the floor, in the same turns: hooks at the same sites that only add up what they hear over the sequence, which
+reads it once.
 `--aggregation` is the one over the sequence: each takes other sums.
 """
 
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.importance.criteria import CRITERIA
+from minitron_nemo.importance.sites import HEAD_CHANNELS, HEADS, QUERY_GROUPS
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.testing import random_batch, run_layout
 
@@ -42,8 +48,22 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def compare(groups: Groups, name: str, aggregation: str, repeats: int, threads: int) -> tuple[float, float]:
-    """CPU seconds of the fastest bare and of the fastest hooked forward pass of a shape."""
+@contextmanager
+def reading(model: Any, arch: ModelArch) -> Iterator[None]:
+    """Every module that the sites of the default criteria hear is read once, in every forward pass inside."""
+    from minitron_nemo.importance.hooks import decoder_layers
+
+    with ExitStack() as attached:
+        for layer in decoder_layers(model):
+            for site in {site.name: site for criterion in CRITERIA.values() for site in criterion.sites}.values():
+                if site is not QUERY_GROUPS:  # hears what the heads' site hears
+                    plain = HEAD_CHANNELS if site is HEADS else site
+                    attached.callback(plain.attach(layer, arch, lambda *heard: [x.sum(dim=0) for x in heard]).remove)
+        yield
+
+
+def compare(groups: Groups, name: str, aggregation: str, repeats: int, threads: int) -> tuple[float, ...]:
+    """CPU seconds of the fastest forward pass of a shape: bare, with what is heard read once, and hooked."""
     from minitron_nemo.engine.model import BuildOptions, build_model
     from minitron_nemo.engine.schedule import forward_hidden
     from minitron_nemo.importance.hooks import listening
@@ -53,12 +73,14 @@ def compare(groups: Groups, name: str, aggregation: str, repeats: int, threads: 
     arch = arch_of(sizes, tokens)
     model = build_model(arch, BuildOptions(groups=groups, dtype=getattr(torch, dtype))).eval()
     batch = [{"tokens": random_batch(arch, samples=samples, seq_length=tokens)["tokens"]}]
-    bare, hooked = [], []
+    bare, read, hooked = [], [], []
     for _ in range(repeats + 1):
         bare.append(cpu_seconds(lambda: forward_hidden(model, batch)))
+        with reading(model, arch):
+            read.append(cpu_seconds(lambda: forward_hidden(model, batch)))
         with listening(model, arch=arch, sequence_aggregation=aggregation, groups=groups):
             hooked.append(cpu_seconds(lambda: forward_hidden(model, batch)))
-    return min(bare[1:]), min(hooked[1:])
+    return min(bare[1:]), min(read[1:]), min(hooked[1:])
 
 
 def main() -> None:
@@ -72,12 +94,14 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core {version('megatron-core')}"
     )
     print(f"{date.today()}, {platform.machine()}, {options.threads} thread(s), {options.repeats} repeats, {versions}")
-    print(f"{'shape':<19}{'tokens':>8}{'aggregation':>13}{'bare CPU s':>12}{'hooked':>9}{'ratio':>8}")
+    print(f"{'shape':<19}{'tokens':>8}{'aggregation':>13}{'bare CPU s':>12}{'read':>8}{'hooked':>9}"
+          f"{'read/bare':>11}{'hooked/bare':>13}")  # fmt: skip
     for name in options.shapes:
         for how in options.aggregation:
-            bare, hooked = run_layout(compare, Layout(), name, how, options.repeats, options.threads)
+            bare, read, hooked = run_layout(compare, Layout(), name, how, options.repeats, options.threads)
             tokens = SHAPES[name][1] * SHAPES[name][2]
-            print(f"{name:<19}{tokens:>8}{how:>13}{bare:>12.3f}{hooked:>9.3f}{hooked / bare:>8.3f}", flush=True)
+            print(f"{name:<19}{tokens:>8}{how:>13}{bare:>12.3f}{read:>8.3f}{hooked:>9.3f}{read / bare:>11.3f}"
+                  f"{hooked / bare:>13.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def prepare(config: Config) -> Job:
     section = config.correct_teacher
     teacher = open_verified(section.checkpoint)
-    check_model(config, teacher, stages=config.parallel.teacher_stage_layers)
+    check_model(config, teacher, stages=config.parallel.teacher_stage_layers, trained=True)
     blend = blend_for(config, teacher, weights=section.blend, purpose="correct_teacher")
     return Job(
         output=Path(str(section.output)),

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_nemo.cli import main
-from minitron_nemo.config.rules import check_training
+from minitron_nemo.config.rules import check_distillation
 from minitron_nemo.config.schema import Config
 from minitron_nemo.steps.describe import training_lines
-from minitron_nemo.steps.inputs import check_model, open_verified, require_same_tokenizer
+from minitron_nemo.steps.inputs import check_model, open_verified, weights_beside
 from minitron_nemo.steps.on_ranks import RankRecipe
 from minitron_nemo.steps.settings import blend_for, settings_of
 from minitron_nemo.steps.step import Job
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def prepare(config: Config) -> Job:
     section = config.distill
     student, teacher = open_verified(section.checkpoint), open_verified(section.teacher)
-    require_same_tokenizer(student, teacher)
-    check_model(config, student, name="student", stages=config.parallel.student_stage_layers)
+    weights_beside(student, teacher)  # or a refusal
+    check_model(config, student, name="student", stages=config.parallel.student_stage_layers, trained=True)
     check_model(config, teacher, name="teacher", stages=config.parallel.teacher_stage_layers)
     blend = blend_for(config, student, weights=section.blend, purpose="distill")
     return Job(
@@ -36,21 +36,23 @@ def run(config: Config, job: Job, groups: "Groups") -> None:
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.distillation.teacher import Teacher
     from minitron_nemo.losses.lm_head import HeadLoss
-    from minitron_nemo.steps.options import build_options
+    from minitron_nemo.steps.options import build_options, divergence_of
     from minitron_nemo.steps.train import train_model
     from minitron_nemo.training.objectives import DistillationObjective
 
     section = config.distill
     student, teacher = open_nemo(section.checkpoint), open_nemo(section.teacher)
     head = HeadLoss(
-        vocab_size=teacher.arch.vocab_size,
+        vocab_size=student.arch.vocab_size,
         kl_weight=section.kl_weight,
         cross_entropy_weight=section.cross_entropy_weight,
         temperature=section.temperature,
         chunk_tokens=section.chunk_tokens,
         group=groups.tp,
+        divergence=divergence_of(section),
     )
-    beside = Teacher(teacher.weights, build_options(config, groups, stages=config.parallel.teacher_stage_layers))
+    options = build_options(config, groups, stages=config.parallel.teacher_stage_layers)
+    beside = Teacher(weights_beside(student, teacher), options)
     train_model(
         student,
         job.output,
@@ -69,7 +71,7 @@ RECIPE = RankRecipe(
     "distill",
     prepare,
     run,
-    check=lambda config: check_training(config.distill.training, "distill", config.layout),
+    check=check_distillation,
     lines=lambda config: training_lines(config, config.distill.training, with_teacher=True),
 )
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 def check(config: Config) -> None:
     section = config.estimate_importance
     config.layout.share(len(section.samples), section.micro_batch_size, name="estimate_importance.num_samples")
+    if config.layout.vpp > 1:
+        from minitron_nemo.steps.estimate import check_interleaved  # brings torch
+
+        check_interleaved(section, config.layout)
 
 
 def prepare(config: Config) -> Job:

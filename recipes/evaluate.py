@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.records import write_record
 from minitron_nemo.cli import main
+from minitron_nemo.config.rules import check_samples
 from minitron_nemo.config.schema import Config
 from minitron_nemo.steps.describe import weight_lines
-from minitron_nemo.steps.inputs import check_model, open_verified, require_same_tokenizer
+from minitron_nemo.steps.inputs import check_model, open_verified, weights_beside
 from minitron_nemo.steps.on_ranks import RankRecipe
 from minitron_nemo.steps.settings import blend_for, settings_of
 from minitron_nemo.steps.step import Job, logger
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     section = config.evaluate
-    config.layout.share(section.num_samples, section.micro_batch_size, name="evaluate.num_samples")
+    check_samples(config.layout, section.num_samples, section.micro_batch_size, name="evaluate.num_samples")
 
 
 def prepare(config: Config) -> Job:
     section = config.evaluate
     model, reference = open_verified(section.checkpoint), open_verified(section.reference)
-    require_same_tokenizer(model, reference)
+    weights_beside(model, reference)  # or a refusal
     check_model(config, model)
     check_model(config, reference, name="reference")
     blend = blend_for(config, model, weights=section.blend)
@@ -48,7 +49,7 @@ def run(config: Config, job: Job, groups: "Groups") -> None:
     model, reference = open_nemo(section.checkpoint), open_nemo(section.reference)
     result = evaluate_model(
         model.weights,
-        reference.weights,
+        weights_beside(model, reference),
         options=build_options(config, groups),
         blend=blend_for(config, model, weights=section.blend),
         num_samples=section.num_samples,

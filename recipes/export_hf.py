@@ -7,22 +7,21 @@ from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.progress import watched
 from minitron_nemo.steps.describe import model_lines, shapes
-from minitron_nemo.steps.inputs import open_verified
+from minitron_nemo.steps.inputs import open_to_stream
 from minitron_nemo.steps.step import Job, Recipe
 
 
 def prepare(config: Config) -> Job:
-    model = open_verified(config.export_hf.checkpoint)
+    model = open_to_stream(config.export_hf.checkpoint)
     return Job(Path(str(config.export_hf.output)), "hf", identity(config.export_hf), {"model": model.path})
 
 
 def run(config: Config, job: Job) -> None:
     # torch takes seconds to import: not before there is something to export.
     from minitron_nemo.checkpoint.formats.hf import SOURCE_CONFIG_FILE, export_hf
-    from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.checkpoint.source import stream
 
-    model = open_nemo(str(config.export_hf.checkpoint))
+    model = open_to_stream(config.export_hf.checkpoint)
     tensors = watched(stream(model.weights), len(model.weights.names()), "export", unit="tensor")
     from_scratch = not (model.tokenizer / SOURCE_CONFIG_FILE).is_file()
     token_ids = load_tokenizer(model.tokenizer).special_ids() if from_scratch else None

@@ -4,13 +4,17 @@ Runs in one process without a model. One folder alone is finished anew, by anoth
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.errors import UserError
 from minitron_nemo.steps.inputs import require
 from minitron_nemo.steps.step import Job, Recipe, logger
+
+if TYPE_CHECKING:
+    from minitron_nemo.steps.score_folders import Estimated
 
 
 def prepare(config: Config) -> Job:
@@ -23,13 +27,13 @@ def prepare(config: Config) -> Job:
     from minitron_nemo.steps.score_folders import verify
 
     verify(section.inputs)
-    joined_sums(config)
+    joined_inputs(config)
     parents = {f"importance_{number}": Path(folder) for number, folder in enumerate(section.inputs, start=1)}
     return Job(Path(str(section.output)), "importance", identity(section), parents)
 
 
-def joined_sums(config: Config) -> tuple[Any, str]:
-    """The sums of all inputs and the batch aggregation to finish them by; refuses what does not add up."""
+def joined_inputs(config: Config) -> "Estimated":
+    """All inputs in one; refuses what does not add up."""
     from minitron_nemo.steps.score_folders import joined
 
     how = config.merge_importance.batch_aggregation
@@ -37,11 +41,11 @@ def joined_sums(config: Config) -> tuple[Any, str]:
 
 
 def run(config: Config, job: Job) -> None:
-    from minitron_nemo.steps.kept_sums import publish
-
-    sums, batch_aggregation = joined_sums(config)
+    found = joined_inputs(config)
+    sums = found.sums
     logger.info(f"merge_importance: {sums.num_samples} samples, {sums.samples} of {sums.heard.set_samples}")
-    publish(sums, job, batch_aggregation=batch_aggregation)
+    with publishing(job.output, kind=job.kind, origin=job.origin, extra={"arch": sums.arch.to_dict()}) as draft:
+        found.write(draft.folder)
 
 
 RECIPE = Recipe("merge_importance", prepare, run)

@@ -11,7 +11,7 @@ from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.shape.arch import billions
 from minitron_nemo.steps.describe import before_and_after, model_lines, shapes, target_lines
-from minitron_nemo.steps.inputs import open_verified, require
+from minitron_nemo.steps.inputs import open_to_stream, require
 from minitron_nemo.steps.planning import check_grid, needs_importance, plan_of
 from minitron_nemo.steps.step import Job, Recipe, logger
 
@@ -24,7 +24,7 @@ def prepare(config: Config) -> Job:
     from minitron_nemo.checkpoint.formats.hf_config import export_doubt
     from minitron_nemo.steps.depth import depth_parents
 
-    model = open_verified(section.checkpoint)
+    model = open_to_stream(section.checkpoint)
     plan = plan_of(config, model)
     check_grid(config, plan.target)
     for line in target_lines(config):
@@ -42,10 +42,9 @@ def prepare(config: Config) -> Job:
 
 
 def run(config: Config, job: Job) -> None:
-    from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.steps.prune import options_of, prune
 
-    model = open_nemo(str(config.prune.checkpoint))
+    model = open_to_stream(config.prune.checkpoint)
     plan = plan_of(config, model)
     before, after = model.arch.num_params(), plan.target.num_params()
     logger.info(f"prune: {billions(before)} -> {billions(after)} parameters ({after / before:.1%}); {plan.describe()}")

@@ -3,12 +3,12 @@
 By the cosine over the block, the language-model loss, the error of the final hidden states, and tasks of choices.
 """
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.cli import main
+from minitron_nemo.config.rules import check_one_chunk
 from minitron_nemo.config.schema import Config
 from minitron_nemo.errors import UserError
 from minitron_nemo.steps.depth import lengths_of, search_lines, task_runs
@@ -25,6 +25,7 @@ def check(config: Config) -> None:
     section = config.score_blocks
     if not section.measures and not section.tasks:
         raise UserError("score_blocks.measures=[]: there is nothing to score; name a measure, or add a task")
+    check_one_chunk(config, "score_blocks")
     config.layout.share(section.num_samples, section.micro_batch_size, name="score_blocks.num_samples")
 
 
@@ -43,31 +44,34 @@ def run(config: Config, job: Job, groups: "Groups") -> None:
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.data.calibration import calibration_set
     from minitron_nemo.reporting.plots import block_scores
+    from minitron_nemo.steps.kept_sums import KeptSums
     from minitron_nemo.steps.options import build_options
-    from minitron_nemo.steps.score_blocks import score_blocks
+    from minitron_nemo.steps.score_blocks import score_blocks, write_blocks
 
     section = config.score_blocks
-    model, partial = open_nemo(section.checkpoint), Path(config.run_dir) / "checkpoints" / job.output.name
+    model, kept = open_nemo(section.checkpoint), KeptSums.of(config.run_dir, job)
+    calibration = None
+    if section.measures:
+        calibration = calibration_set(blend_for(config, model), num_samples=section.num_samples)
     scores = score_blocks(
         model.weights,
-        calibration_set(blend_for(config, model), num_samples=section.num_samples) if section.measures else None,
+        calibration,
         options=build_options(config, groups, stages=config.parallel.teacher_stage_layers),
         lengths=lengths_of(config, model.arch),
         measures=[measure.value for measure in section.measures],
         tasks=task_runs(config, model),
         micro_batch_size=section.micro_batch_size,
         chunk_tokens=section.chunk_tokens,
-        partial=partial,
-        fingerprint=job.origin.fingerprint,
+        kept=kept,
     )
     if groups.is_main:
         with publishing(job.output, kind=job.kind, origin=job.origin, extra={"arch": model.arch.to_dict()}) as draft:
-            scores.write(draft.folder)
+            write_blocks(draft.folder, scores, calibration)
             (draft.folder / "blocks.md").write_text(scores.table(), encoding="ascii")
             (draft.folder / "blocks.svg").write_text(block_scores(scores), encoding="utf-8")
         for line in scores.describe():
             logger.info(f"score_blocks: {line}")
-        shutil.rmtree(partial, ignore_errors=True)
+        kept.remove()
 
 
 RECIPE = RankRecipe("score_blocks", prepare, run, check=check, lines=search_lines)

@@ -14,7 +14,7 @@ from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.nemo import NemoFolder, open_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.distributed.groups import Groups
-from minitron_nemo.engine.model import BuildOptions, HeadlessGPT, build_model
+from minitron_nemo.engine.model import BuildOptions, ModelChunks, build_model
 from minitron_nemo.engine.schedule import forward_hidden
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.shape.arch import ModelArch
@@ -24,7 +24,7 @@ from minitron_nemo.training.checkpoints import save_model
 ORIGIN = Origin("test")
 
 
-def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | None = None) -> HeadlessGPT:
+def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | None = None) -> ModelChunks:
     """This rank's part of a checkpoint."""
     source = open_nemo(path)
     model = build_model(source.arch, BuildOptions(groups=groups, stage_layers=stage_layers))
@@ -33,7 +33,7 @@ def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | No
 
 
 @torch.no_grad()
-def whole_logits(model: HeadlessGPT, tokens_BS: Tensor, *, vocab_size: int, groups: Groups, **batch: Tensor) -> Tensor:
+def whole_logits(model: ModelChunks, tokens_BS: Tensor, *, vocab_size: int, groups: Groups, **batch: Tensor) -> Tensor:
     """[b, s, vocabulary] on every rank: the vocabulary gathered, its padding trimmed, sent from the last stage."""
     hidden = forward_hidden(model, [{"tokens": tokens_BS, **batch}])
     logits_BSV = torch.empty(*tokens_BS.shape, vocab_size)

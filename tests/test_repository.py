@@ -58,6 +58,7 @@ DOORS = {
     "transformers": (),
     "apex": (),
     "transformer_engine": (),
+    "triton": ("minitron_nemo/losses/kernels/triton_kernel.py",),
 }
 # What a launcher tells a process about itself is read in one place; the others ask that.
 RANK_NUMBERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"}

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -152,21 +152,29 @@ def check_listed(folder: str | Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: not listed in {MANIFEST_FILE}; move it away, or make the artefact again")
 
 
-def verify_files(folder: str | Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
+def damaged(path: Path) -> UserError:
+    """The refusal of a file whose content is not what was published."""
+    return UserError(f"{path}: damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+
+
+def verify_files(
+    folder: str | Path, manifest: Manifest, *, part: int = 0, parts: int = 1, leave: Container[str] = ()
+) -> None:
     """Refuse, by name, the first file that is not listed or whose size or SHA-256 is not that of the manifest.
 
-    Of `parts` processes that share the reading, each hashes the files of its `part`, from 0.
+    Of `parts` processes that share the reading, each hashes the files of its `part`, from 0. Files to `leave` are
+    hashed by who reads them.
     """
     check_listed(folder, manifest)
     check_sizes(folder, manifest)
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name]["size"], name))
-    own = sorted(by_size[part::parts])
+    own = sorted(name for name in by_size[part::parts] if name not in leave)
     total = sum(manifest.files[name]["size"] for name in own)
     is_worth_a_line = part == 0 and total >= WORTH_A_LINE
     with progress(total, f"verify {Path(folder).name}", unit="byte", enabled=is_worth_a_line) as bar:
         for name in own:
             if file_sha256(Path(folder) / name, advance=bar.advance) != manifest.files[name]["sha256"]:
-                raise UserError(f"{Path(folder) / name}: damaged: its SHA-256 is not that of {MANIFEST_FILE}")
+                raise damaged(Path(folder) / name)
 
 
 def is_current(path: str | Path, fingerprint: str) -> bool:

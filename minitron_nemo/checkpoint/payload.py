@@ -18,7 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from minitron_nemo.checkpoint.buffers import memory_of
 from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.hashed_files import Fill
 
 _HEADER_LIMIT = 2**20  # bytes of zip directory and description; those of a plain tensor have about a thousand
 _DESCRIPTION_LIMIT = 4096
@@ -182,8 +184,8 @@ def _called(function: str, arguments: tuple[Any, ...]) -> Any:
     return (storage, first, tuple(shape), tuple(stride)), flags
 
 
-def read_part(file: BinaryIO, plain: PlainTensor, part: Box, out: Tensor) -> None:
-    """Fill `out`, contiguous and of the part's size, with a box of the tensor; EOFError where the file ends before.
+def read_part(fill: Fill, plain: PlainTensor, part: Box, out: Tensor) -> None:
+    """Fill `out`, contiguous and of the part's size, with a box of the tensor in a file that `fill` reads.
 
     Reads the bytes of the box alone where they lie in runs worth a call to the system, else the rows they lie in.
     """
@@ -194,12 +196,12 @@ def read_part(file: BinaryIO, plain: PlainTensor, part: Box, out: Tensor) -> Non
             (*part.offset[:run_dim], *[0] * (out.dim() - run_dim)), (*part.size[:run_dim], *plain.shape[run_dim:])
         )
         whole = torch.empty(rows.size, dtype=out.dtype)
-        read_part(file, plain, rows, whole)
+        read_part(fill, plain, rows, whole)
         out.copy_(whole[part.slices(rows.offset)])
         return
-    target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    target = memory_of(out)
     for index, offset in enumerate(_run_offsets(part, plain.shape, run_dim)):
-        _fill(file, target[index * run : (index + 1) * run], plain.start + offset * plain.dtype.itemsize)
+        fill(target[index * run : (index + 1) * run], plain.start + offset * plain.dtype.itemsize)
 
 
 def _first_whole_dim(part: Box, shape: tuple[int, ...]) -> int:
@@ -220,13 +222,3 @@ def _run_offsets(part: Box, shape: tuple[int, ...], run_dim: int) -> Iterator[in
             number, place = divmod(number, part.size[dim])
             offset += place * strides[dim]
         yield offset
-
-
-def _fill(file: BinaryIO, target: memoryview, position: int) -> None:
-    """One call reads at most 2 GiB on Linux."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(file.fileno(), [target[done:]], position + done)
-        if not count:
-            raise EOFError
-        done += count

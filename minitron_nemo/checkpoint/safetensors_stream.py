@@ -1,16 +1,46 @@
-"""Writing a safetensors file one tensor at a time, so that memory holds one tensor and not one shard."""
+"""Reading and writing a safetensors file one tensor at a time: memory holds one tensor, and not one shard."""
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from minitron_nemo.checkpoint.torch_dist import HashingFile
+from minitron_nemo.checkpoint.hashed_files import HashingFile
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header of a safetensors file says of a tensor: its dtype by name, its shape, its first byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file by name; raises what the safetensors library does for a file that it finds unsound.
+
+    The library maps a file into memory, where each page of a tensor is a fault: it checks, and the bytes are read
+    from where they lie.
+    """
+    with safe_open(path, framework="pt"):
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    begin = 8 + length
+    return {
+        name: Entry(entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 class SafetensorsWriter:
@@ -32,19 +62,18 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         # Tensors start at a multiple of 8 bytes, so that a reader can map them.
         text += b" " * (-len(text) % 8)
-        self._file = path.open("xb")
-        self._stream = HashingFile(self._file)
-        self._stream.write(len(text).to_bytes(8, "little") + text)
+        self._file = HashingFile(path)
+        self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         expected = self._expected.pop()
         if (name, tuple(tensor.shape)) != expected or tensor.dtype != self._dtype:
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: expected {expected} {self._dtype}")
-        self._stream.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     @property
     def sha256(self) -> str:
-        return self._stream.sha256.hexdigest()
+        return self._file.sha256
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minitron_nemo.checkpoint.buffers import memory_used_again
 from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import logical_tensors
 
@@ -33,12 +35,18 @@ class TensorSource(Protocol):
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The tensor, or a box of it, on the CPU in its stored dtype."""
 
+    def verify(self) -> None:
+        """Refuse with UserError what was read, and is not what its maker wrote; before it is published."""
+
 
 class ShapedSource:
-    """What every source of a model of a known shape has in common: names and shapes follow from `arch`."""
+    """What every source of a model of a known shape has in common: names and shapes follow from `arch`.
 
-    def __init__(self, arch: ModelArch) -> None:
-        self.arch = arch
+    A source that computes its tensors from another one says so by `made_of`.
+    """
+
+    def __init__(self, arch: ModelArch, *, made_of: TensorSource | None = None) -> None:
+        self.arch, self.made_of = arch, made_of
         self.tensors = logical_tensors(arch)
 
     def names(self) -> list[str]:
@@ -47,15 +55,29 @@ class ShapedSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape(self.arch)
 
+    def verify(self) -> None:
+        if self.made_of is not None:
+            self.made_of.verify()
+
 
 def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a source, one at a time: what a writer takes.
 
     The next one is read by another thread while the writer has this one: two tensors in memory, and two cores at work,
-    as reading, cutting, hashing and writing all run outside Python's lock.
+    as reading, cutting, hashing and writing all run outside Python's lock. The stream ends well only when the source is
+    what its maker wrote: who publishes runs it to its end first.
     """
+    try:
+        yield from _read_ahead(source)
+    except UserError:
+        source.verify()  # that a file is damaged says more than what it was refused for
+        raise
+    source.verify()
+
+
+def _read_ahead(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
     names = source.names()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream") as reader:
+    with memory_used_again(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream") as reader:
         waiting = reader.submit(source.read, names[0]) if names else None
         for name, following in zip(names, [*names[1:], None], strict=True):
             assert waiting is not None

@@ -5,14 +5,14 @@ A checkpoint is a folder: `.metadata` says for every global tensor which boxes (
 `megatron.core.dist_checkpointing.load` expects. The tensors of all layers are stacked, `[num_layers, ...]`.
 """
 
-import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch import Tensor
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
-from minitron_nemo.checkpoint.payload import find_plain_tensor, read_part
+from minitron_nemo.checkpoint.hashed_files import HashingFile, VerifiedFile, fill_from
+from minitron_nemo.checkpoint.payload import PlainTensor, find_plain_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import DTYPES, METADATA_FILE, metadata_bytes, one_line, read_metadata
 from minitron_nemo.errors import UserError
 
@@ -35,15 +36,18 @@ BACKEND = {
 class TorchDistReader:
     """The global tensors of a torch_dist folder, whatever layout wrote them; reads only the bytes it needs.
 
-    Raises UserError for a folder that is not a checkpoint, or whose metadata or payloads do not fit together.
+    Files that `sha256` lists, by name, are hashed while they are read, which `verify` completes. Raises UserError for a
+    folder that is not a checkpoint, or whose metadata or payloads do not fit together.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, sha256: Mapping[str, str] | None = None) -> None:
         self.folder = Path(folder)
+        self._verified = {name: VerifiedFile(self.folder / name, sha) for name, sha in (sha256 or {}).items()}
         self._tensors = read_metadata(self.folder / METADATA_FILE)
         for name in {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}:
             self._check_file(name)
         self._whole: set[str] = set()
+        self._places: dict[Chunk, PlainTensor | None] = {}
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -70,6 +74,11 @@ class TorchDistReader:
                     result[shared.slices(box.offset)] = part
         return result
 
+    def verify(self) -> None:
+        """Refuse, by name, the first file whose bytes are not those that its SHA-256 stands for."""
+        for file in self._verified.values():
+            file.verify()
+
     def _check_whole(self, key: str) -> None:
         if key in self._whole:
             return
@@ -92,15 +101,20 @@ class TorchDistReader:
         """
         path, promised = self.folder / chunk.file, (self._tensors[key].dtype, chunk.size)
         with path.open("rb", buffering=0) as file:
+            verified = self._verified.get(chunk.file)
+            fill = partial(fill_from, file) if verified is None else verified.fill
             if chunk.start + chunk.length > os.fstat(file.fileno()).st_size:
                 raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
             try:
-                found = find_plain_tensor(file, chunk.start, chunk.length)
+                if chunk not in self._places:  # a cut comes back for the next rows
+                    self._places[chunk] = find_plain_tensor(file, chunk.start, chunk.length)
+                found = self._places[chunk]
                 if found is not None and (found.dtype, found.shape) == promised:
                     offset = tuple(at - begin for at, begin in zip(shared.offset, chunk.offset, strict=True))
-                    return read_part(file, found, Box(offset, shared.size), out)
-                file.seek(chunk.start)
-                tensor = torch.load(io.BytesIO(file.read(chunk.length)), weights_only=True, map_location="cpu")
+                    return read_part(fill, found, Box(offset, shared.size), out)
+                data = bytearray(chunk.length)
+                fill(memoryview(data), chunk.start)
+                tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
             # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
             except Exception as error:
                 raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
@@ -109,22 +123,6 @@ class TorchDistReader:
             content = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
             raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
         out.copy_(tensor.detach()[shared.slices(chunk.offset)])
-
-
-class HashingFile:
-    """A file that is hashed while it is written, so that no cache stands between the hash and the data."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.position = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        count = self.file.write(data)
-        self.sha256.update(data)
-        self.position += count
-        return count
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def with_own_storage(tensor: Tensor) -> Tensor:
@@ -158,18 +156,17 @@ class TorchDistWriter:
 
     def __init__(self, folder: str | Path, *, rank: int = 0) -> None:
         self.name = f"__{rank}_0.distcp"
-        self._file = (Path(folder) / self.name).open("xb")
-        self._stream = HashingFile(self._file)
+        self._file = HashingFile(Path(folder) / self.name)
         self._records: list[dict[str, Any]] = []
 
     def write(self, key: str, tensor: Tensor, *, global_shape: Sequence[int], offset: Sequence[int]) -> None:
         """Append the chunk of `key` that starts at `offset`; `tensor` has as many dims as `global_shape`."""
         if not tensor.dim() == len(global_shape) == len(offset):
             raise ValueError(f"{key}: chunk {tuple(tensor.shape)} at {tuple(offset)} of {tuple(global_shape)}")
-        start = self._stream.position
+        start = self._file.position
         payload = with_own_storage(tensor.detach().cpu())
         with _without_crc32():
-            torch.save(payload, self._stream)  # type: ignore[arg-type]
+            torch.save(payload, self._file)  # type: ignore[arg-type]
         self._records.append(
             {
                 "key": key,
@@ -179,20 +176,17 @@ class TorchDistWriter:
                 "size": list(payload.shape),
                 "file": self.name,
                 "start": start,
-                "length": self._stream.position - start,
+                "length": self._file.position - start,
             }
         )
 
     @property
     def sha256(self) -> str:
-        return self._stream.sha256.hexdigest()
+        return self._file.sha256
 
     def close(self) -> list[dict[str, Any]]:
         """Flush to the disk; the chunk records, JSON-able."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._file.close(sync=True)
         return self._records
 
 

@@ -3,7 +3,7 @@
 `.nemo` folders and training checkpoints both hold such a folder.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,13 +20,16 @@ from minitron_nemo.shape.tensors import LogicalTensor, TensorRow, logical_tensor
 class TorchDistWeights(ShapedSource):
     """The logical tensors of a model of shape `arch` in a torch_dist folder, the vocabulary's padding trimmed.
 
-    Raises UserError, on opening, for a tensor that is missing, extra, misshapen or of two dtypes; `source` is named in
-    the message as what describes the shape.
+    Files that `sha256` lists are hashed while they are read, for `verify` to judge. Raises UserError, on opening, for a
+    tensor that is missing, extra, misshapen or of two dtypes; `source` is named in the message as what describes the
+    shape.
     """
 
-    def __init__(self, folder: str | Path, arch: ModelArch, *, source: str) -> None:
+    def __init__(
+        self, folder: str | Path, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(arch)
-        self.reader = TorchDistReader(folder)
+        self.reader = TorchDistReader(folder, sha256=sha256)
         self._dtype = self._check(source)
 
     def dtype(self, name: str | None = None) -> torch.dtype:
@@ -38,6 +41,9 @@ class TorchDistWeights(ShapedSource):
         box = whole(self.shape(name)) if box is None else box
         stored = self.reader.read(logical.row.key, stored_box(logical, box))
         return stored.reshape(box.size)
+
+    def verify(self) -> None:
+        self.reader.verify()
 
     def _check(self, source: str) -> torch.dtype:
         reader, rows = self.reader, tensor_table(self.arch)

@@ -76,8 +76,8 @@ class EstimateImportanceConfig:
     batch_aggregation: Aggregation = setting(Aggregation.l2, "over the samples")
     second_moments: bool = setting(
         False,
-        "keep the second moments that `prune.repairs` needs beside the scores; large (docs/method.md), and such a run "
-        "begins anew when it was stopped",
+        "keep the second moments that `prune.repairs` needs beside the scores; large (docs/method.md), and twice that "
+        "at every save",
         later=True,
     )
     criteria: CriteriaConfig = setting(CriteriaConfig(), "by what each axis is scored, see its rows", later=True)

@@ -33,7 +33,7 @@ NEMO_KEYS = (
     ),
     (r"model\.(micro|global)_batch_size", "", "set it in <section>.training"),
     (r"model\.(sequence_parallel|context_parallel_size)", "", "set it in `parallel`"),
-    (r"model\.activations_checkpoint_\w+", "", "set parallel.recompute_activations"),
+    (r"model\.activations_checkpoint_\w+", "", "set parallel.recompute_granularity"),
     (
         r"model\.(encoder_seq_length|max_position_embeddings)",
         "",

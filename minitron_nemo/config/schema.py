@@ -13,16 +13,16 @@ from omegaconf import MISSING
 
 from minitron_nemo.config.blocks import ScoreBlocksConfig
 from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
+from minitron_nemo.config.parallel import MAX_RANKS, ParallelConfig
 from minitron_nemo.config.repairs import RepairsConfig
 from minitron_nemo.config.setting import MAX_SIZE, count, default_of, path, setting, setting_of
-from minitron_nemo.config.shapes import MAX_LAYERS, ModelConfig, TargetConfig
+from minitron_nemo.config.shapes import ModelConfig, TargetConfig
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.budget import Fit
 
 # Bounds in the spirit of `MAX_SIZE`.
-MAX_RANKS = 10**4
 MAX_STEPS = 10**9
 
 
@@ -59,59 +59,6 @@ class TrainerConfig:
     )
 
 
-@dataclass
-class ParallelConfig:
-    """The number of ranks must be a multiple of tensor x pipeline; what is left is data parallel."""
-
-    tensor_model_parallel_size: int = count(
-        1,
-        "ranks that share each layer; must divide the heads, the query groups and the neurons",
-        at_most=MAX_RANKS,
-        how_it_runs=True,
-    )
-    pipeline_model_parallel_size: int = count(1, "pipeline stages", at_most=MAX_RANKS, how_it_runs=True)
-    sequence_parallel: bool = setting(
-        False, "norms and residuals see a slice of the sequence; needs tensor parallelism", how_it_runs=True
-    )
-    teacher_stage_layers: list[int] | None = count(
-        None,
-        "layers of the teacher on each pipeline stage (`correct_teacher`, `estimate_importance`, `distill`); null: as "
-        "even as they divide, later stages the fewest; `evaluate` always splits evenly",
-        at_most=MAX_LAYERS,
-        how_it_runs=True,
-    )
-    student_stage_layers: list[int] | None = count(
-        None, "the same for the student (`distill`)", at_most=MAX_LAYERS, how_it_runs=True
-    )
-    use_distributed_optimizer: bool = setting(True, "share optimizer state over data-parallel ranks", how_it_runs=True)
-    overlap_grad_reduce: bool | None = setting(
-        None,
-        "reduce gradients over data-parallel ranks during the backward pass; null: on GPUs, and with "
-        "`overlap_param_gather`",
-        how_it_runs=True,
-    )
-    overlap_param_gather: bool = setting(
-        False,
-        "gather what other ranks updated during the forward pass; needs `use_distributed_optimizer` and "
-        "`overlap_grad_reduce`",
-        how_it_runs=True,
-    )
-    ddp_bucket_size: int | None = count(
-        None,
-        "whose gradients and values cross at a time where that overlaps; null: Megatron's, 40 million or more",
-        unit="parameters",
-        how_it_runs=True,
-    )
-    gradient_accumulation_fusion: bool = setting(
-        False,
-        "add weight gradients up inside of their matrix products; GPUs with Apex's extension or Transformer Engine",
-        how_it_runs=True,
-    )
-    recompute_activations: bool = setting(
-        False, "recompute each layer in the backward pass: less memory, about a third more time", how_it_runs=True
-    )
-
-
 def blend_setting(help: str) -> Any:
     """A blend: corpus names and their weights. Its data is hashed, with the weights, as data."""
     return setting({}, help, above=0, at_most=10**9, how_it_runs=True)
@@ -134,6 +81,12 @@ class DataConfig:
         "shares of the documents for training, validation, test",
         pattern=r"(?!0+(\.0+)?,)[0-9]{1,9}(\.[0-9]{1,9})?(,[0-9]{1,9}(\.[0-9]{1,9})?){2}",
         form="three numbers for train,validation,test such as '98,2,0', the first above 0",
+    )
+    reset_position_ids: bool = setting(
+        False,
+        "positions begin anew with each document; needs `reset_attention_mask`, beside which it changes nothing: "
+        "rotary embeddings go by differences of positions",
+        how_it_runs=True,
     )
     reset_attention_mask: bool = setting(  # hashed with the data that it changes
         False,
@@ -272,11 +225,22 @@ class PruneConfig:
     repairs: RepairsConfig = field(default_factory=RepairsConfig)
     proof: bool = setting(
         True,
-        "before it is published, compare what the cut model computes with the masked source, on random tokens; on a "
-        "GPU where there is one",
+        "before it is published, compare what the cut model computes with the masked source, on calibration text that "
+        "lies beside the scores, or on random tokens; on a GPU where there is one",
         how_it_runs=True,
     )
     output: str | None = path("`.nemo` folder, with `plan.json` inside", place="pruned.nemo")
+
+
+class DivergenceName(Enum):
+    """What is minimized between the logits of teacher and student; docs/method.md has the formulas."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"
+    logit_mse = "logit_mse"
+    logit_cosine = "logit_cosine"
+    top_k_kl = "top_k_kl"
 
 
 @dataclass
@@ -292,8 +256,20 @@ class DistillConfig:
     )
     output: str | None = path("`.nemo` folder of the student", place="student.nemo")
     blend: dict[str, float] = blend_setting("instead of `data.blend`")
-    temperature: float = setting(1.0, "divides both logits in the KL", above=0, at_most=1000)
-    kl_weight: float = setting(1.0, "weight of the forward KL; the papers use it alone", at_least=0, at_most=10**6)
+    divergence: DivergenceName = setting(
+        DivergenceName.forward_kl, "of the student from the teacher; the papers' is forward KL", later=True
+    )
+    jensen_shannon_beta: float = setting(
+        0.5, "the teacher's share of the mixture, for `jensen_shannon`", above=0, below=1, later=True
+    )
+    top_k: int = count(1024, "of the teacher's likeliest, for `top_k_kl`", unit="tokens", later=True)
+    top_p: float = setting(
+        1.0, "for `top_k_kl`: of these, the fewest whose probability reaches it; 1: all", above=0, at_most=1, later=True
+    )
+    temperature: float = setting(1.0, "divides both logits in divergences between distributions", above=0, at_most=1000)
+    kl_weight: float = setting(
+        1.0, "weight of the divergence; the papers use forward KL alone", at_least=0, at_most=10**6
+    )
     cross_entropy_weight: float = setting(0.0, "weight of the cross-entropy with the text", at_least=0, at_most=10**6)
     chunk_tokens: int = count(
         1024, "whose logits exist at a time; `correct_teacher` uses it too", unit="tokens", how_it_runs=True
@@ -431,6 +407,8 @@ class Config:
                 trainer.devices * trainer.num_nodes,
                 tp=parallel.tensor_model_parallel_size,
                 pp=parallel.pipeline_model_parallel_size,
+                cp=parallel.context_parallel_size,
+                vpp=parallel.virtual_pipeline_model_parallel_size,
                 sequence_parallel=parallel.sequence_parallel,
             )
         except UserError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.data.tokenizer import open_backend
-from minitron_nemo.data.vocabulary import bpe_of, is_id_key
+from minitron_nemo.data.vocabulary import bpe_of, is_id_key, read_vocabulary
 from minitron_nemo.errors import UserError
 
 # Written as they are: they name tokens by their text. tokenizer.model and vocab.txt cannot follow and are left out.
@@ -39,6 +39,30 @@ def pruned_tokenizer(folder: str | Path, kept: Sequence[int]) -> dict[str, bytes
     if (folder / "merges.txt").is_file():
         written["merges.txt"] = "\n".join(["#version: 0.2", *map(_text, pruned["model"]["merges"]), ""]).encode()
     return written
+
+
+def rows_kept(fewer: Path, whole: Path, *, fewer_size: int, whole_size: int) -> tuple[int, ...]:
+    """The row of the whole vocabulary behind each row of the one with fewer words, ascending.
+
+    Both are tokenizer folders, with the rows of their models. Raises UserError when the one is not what pruning the
+    other leaves: the same text would be other tokens, or a token another word.
+    """
+    ours, theirs = read_vocabulary(fewer, size=fewer_size), read_vocabulary(whole, size=whole_size)
+    ids = {word: ident for ident, word in theirs.words.items()}
+    kept = [ids.get(ours.words.get(row, ""), -1) for row in range(fewer_size)]
+    if min(kept) < 0 or kept != sorted(set(kept)):
+        row = next(row for row, old in enumerate(kept) if old < 0 or row and old <= kept[row - 1])
+        raise UserError(
+            f"{ours.source}: id {row} ({ours.words.get(row)!a:.40}) is no word of {theirs.source} or not in its order; "
+            "models are compared over one vocabulary, or over one that was pruned from the other"
+        )
+    made = json.loads(pruned_tokenizer(whole, kept)["tokenizer.json"])
+    if made != {"added_tokens": [], **read_json_object(fewer / "tokenizer.json")}:
+        raise UserError(
+            f"{ours.source} has words of {theirs.source} but is not what pruning it leaves; give the tokenizer that "
+            "recipes/prune.py wrote"
+        )
+    return tuple(kept)
 
 
 def _tokenizer(content: dict[str, Any], ids: Ids, *, source: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Only final hidden states cross from teacher to student, so a depth-pruned studen
 need no special case.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +21,7 @@ class Teacher:
     def __init__(self, weights: TensorSource, options: BuildOptions) -> None:
         self.arch = weights.arch
         self.groups = options.groups
-        self.model = build_model(weights.arch, dataclasses.replace(options, recompute_activations=False))
+        self.model = build_model(weights.arch, options.computing_once())
         load_weights(self.model, weights, options.groups)
         self.model.requires_grad_(False).eval()
 

@@ -19,16 +19,19 @@ class Groups:
     layout: Layout = field(default_factory=Layout)
     tp: dist.ProcessGroup | None = None
     pp: dist.ProcessGroup | None = None
+    cp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
+    batch: dist.ProcessGroup | None = None  # context and data parallel: who has tokens of a batch
     rank: int = 0
     tp_rank: int = 0
     pp_rank: int = 0
+    cp_rank: int = 0
     dp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def sequence(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the slices of one sequence where norms and layers see only a slice."""
+        """The tensor-parallel ranks, where norms and layers see slices of what a context-parallel rank has."""
         return self.tp if self.layout.sequence_parallel else None
 
     @property
@@ -84,8 +87,8 @@ class Groups:
         total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if sums:
             total += torch.stack([torch.stack([part[name] for name in names]) for part in sums]).sum(dim=0)
-        if self.dp is not None:
-            dist.all_reduce(total, group=self.dp)
+        if self.batch is not None:
+            dist.all_reduce(total, group=self.batch)
         if self.pp is not None:
             dist.broadcast(total, src=self.last_stage_rank, group=self.pp)
         return dict(zip(names, total.tolist(), strict=True))

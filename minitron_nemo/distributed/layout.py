@@ -36,12 +36,12 @@ class Share:
 class Layout:
     """Degrees of tensor, pipeline, context and data parallelism, and chunks of the model on each pipeline stage.
 
-    `cp` and `vpp` are 1 until the engine takes more. Raises UserError for degrees that cannot be.
+    Raises UserError for degrees that cannot be.
     """
 
     tp: int = 1
     pp: int = 1
-    cp: int = 1
+    cp: int = 1  # context: ranks that share each sequence
     vpp: int = 1  # virtual pipeline: model chunks on each stage
     dp: int = 1
     sequence_parallel: bool = False
@@ -50,29 +50,40 @@ class Layout:
         for name in ("tp", "pp", "cp", "vpp", "dp"):
             if getattr(self, name) < 1:
                 raise UserError(f"layout: {name}={getattr(self, name)}: every degree is at least 1")
-        if self.cp > 1 or self.vpp > 1:
-            raise UserError(f"layout: cp={self.cp}, vpp={self.vpp}: only 1 is supported of either")
+        if self.vpp > 1 and self.pp == 1:
+            raise UserError(
+                f"parallel.virtual_pipeline_model_parallel_size={self.vpp}: needs pipeline_model_parallel_size of at "
+                "least 2"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise UserError("parallel.sequence_parallel=true: needs tensor_model_parallel_size of at least 2")
 
     @classmethod
-    def of_world(cls, ranks: int, *, tp: int = 1, pp: int = 1, sequence_parallel: bool = False) -> "Layout":
-        """The layout of so many ranks; what tensor and pipeline parallelism leave is data parallel."""
-        if ranks < 1 or ranks % (tp * pp):
+    def of_world(
+        cls, ranks: int, *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, sequence_parallel: bool = False
+    ) -> "Layout":
+        """The layout of so many ranks; what tensor, pipeline and context parallelism leave is data parallel."""
+        if ranks < 1 or ranks % (tp * pp * cp):
+            context = f" x context_parallel_size={cp}" if cp > 1 else ""
             raise UserError(
-                f"{ranks} ranks: must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size "
-                f"= {tp * pp}"
+                f"{ranks} ranks: must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size"
+                f"{context} = {tp * pp * cp}"
             )
-        return cls(tp=tp, pp=pp, dp=ranks // (tp * pp), sequence_parallel=sequence_parallel)
+        return cls(tp=tp, pp=pp, cp=cp, vpp=vpp, dp=ranks // (tp * pp * cp), sequence_parallel=sequence_parallel)
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tp * self.pp * self.cp
+        """Ranks over which one copy of the weights is spread."""
+        return self.tp * self.pp
+
+    @property
+    def batch_ranks(self) -> int:
+        """Ranks over which the tokens of a batch are spread: copies of every weight, whose gradients add up."""
+        return self.dp * self.cp
 
     @property
     def world_size(self) -> int:
-        return self.model_ranks * self.dp
+        return self.model_ranks * self.batch_ranks
 
     def check(self, arch: ModelArch, *, name: str = "model", stages: Sequence[int] | None = None) -> None:
         """Refuse a shape that this layout cannot be laid over, naming the sizes; `stages` as in `stages`."""
@@ -89,10 +100,16 @@ class Layout:
 
     def check_sequence(self, seq_length: int) -> None:
         """Refuse a sequence that its ranks cannot share evenly."""
-        if self.sequence_parallel and seq_length % self.tp:
+        if self.sequence_parallel and (seq_length // self.cp) % self.tp:
+            context = f" x context_parallel_size={self.cp}" if self.cp > 1 else ""
             raise UserError(
                 f"data.seq_length={seq_length}: sequence parallelism needs a multiple of "
-                f"tensor_model_parallel_size={self.tp}"
+                f"tensor_model_parallel_size={self.tp}{context}"
+            )
+        if self.cp > 1 and seq_length % (2 * self.cp):
+            raise UserError(
+                f"data.seq_length={seq_length}: context parallelism needs a multiple of "
+                f"2 x context_parallel_size={self.cp}"
             )
 
     def stages(self, num_layers: int, split: Sequence[int] | None = None) -> list[int]:
@@ -104,9 +121,10 @@ class Layout:
         chunks = self.pp * self.vpp
         if split is None:
             if num_layers < chunks:
-                raise UserError(
-                    f"pipeline_model_parallel_size={chunks}: a model of {num_layers} layers has at most that many"
-                )
+                degrees = f"pipeline_model_parallel_size={self.pp}"
+                if self.vpp > 1:
+                    degrees += f" x virtual_pipeline_model_parallel_size={self.vpp}"
+                raise UserError(f"{degrees}: a model of {num_layers} layers has at most that many chunks")
             return [num_layers // chunks + (chunk < num_layers % chunks) for chunk in range(chunks)]
         if len(split) != chunks or sum(split) != num_layers or min(split) < 1:
             raise UserError(
@@ -114,6 +132,18 @@ class Layout:
                 f"{num_layers} layers"
             )
         return list(split)
+
+    def chunks_of(self, stage: int) -> list[int]:
+        """The numbers of the model chunks on a pipeline stage, in the order of the forward pass."""
+        return list(range(stage, self.pp * self.vpp, self.pp))
+
+    def check_schedule(self, num_microbatches: int, *, name: str) -> None:
+        """Refuse a number of micro-batches that the interleaved schedule cannot take: it goes by groups of `pp`."""
+        if self.vpp > 1 and num_microbatches % self.pp:
+            raise UserError(
+                f"{name}: {num_microbatches} micro-batches on each data-parallel rank; the interleaved pipeline needs "
+                f"a multiple of pipeline_model_parallel_size={self.pp}, or virtual_pipeline_model_parallel_size=1"
+            )
 
     def share(self, samples: int, micro_batch: int, *, name: str = "global_batch_size") -> Share:
         """Each data-parallel rank's part of a batch of `samples`; refuses one that would leave samples out."""
@@ -137,8 +167,17 @@ class Layout:
 
     def describe(self) -> str:
         """`tensor 2, pipeline 1, data 4, sequence parallel`"""
-        words = f"tensor {self.tp}, pipeline {self.pp}, data {self.dp}"
+        virtual = f" x {self.vpp} chunks" if self.vpp > 1 else ""
+        context = f"context {self.cp}, " if self.cp > 1 else ""
+        words = f"tensor {self.tp}, pipeline {self.pp}{virtual}, {context}data {self.dp}"
         return words + (", sequence parallel" if self.sequence_parallel else "")
+
+
+def context_chunks(rank: int, size: int) -> tuple[int, int]:
+    """Which of the 2 x `size` chunks of a sequence a context-parallel rank has: mirrored, as Megatron's rotary
+    embedding expects, so that the early one and the late one together see as many tokens on every rank.
+    """
+    return rank, 2 * size - 1 - rank
 
 
 def legal_tp(arch: ModelArch) -> list[int]:

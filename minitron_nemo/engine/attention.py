@@ -2,6 +2,11 @@
 
 Megatron's local attention materializes the score matrix; this one is faster on CPU and lets a GPU without
 Transformer Engine train at 8k context.
+
+Under context parallelism a rank has two chunks of each sequence, c of 2C (`distributed.layout.context_chunks`), and
+asks the keys and values of all ranks: chunk c those up to its own end.
+
+Shapes: S whole sequence, T tokens of it on this rank, Q of a chunk, B batch, H heads, G query groups, D channels.
 """
 
 from typing import Any
@@ -9,8 +14,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
+
+from minitron_nemo.distributed.layout import context_chunks
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -22,11 +30,27 @@ class SdpaCoreAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config=config)
         self.softmax_scale = kwargs.get("softmax_scale")
+        self.context: ProcessGroup = kwargs["pg_collection"].cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """[s, b, heads, d], twice [s, b, groups, d], None or [b, 1, s, s] with causality in it -> [s, b, heads * d]."""
+        """[T, B, H, D], twice [T, B, G, D], None or [B, 1, T, S] with causality in it -> [T, B, H * D]."""
+        if (ranks := self.context.size()) == 1:
+            return self._attend(query, key, value, attention_mask)
+        key, value = (_WholeSequence.apply(x, self.context) for x in (key, value))
+        if attention_mask is None:
+            attention_mask = later(own_positions(len(key), self.context).to(key.device), len(key))
+        parts = zip(
+            context_chunks(self.context.rank(), ranks), query.chunk(2), attention_mask.chunk(2, dim=-2), strict=True
+        )
+        outs = []
+        for chunk, query_QBHD, mask in parts:
+            seen = (chunk + 1) * len(query_QBHD)
+            outs.append(self._attend(query_QBHD, key[:seen], value[:seen], mask[..., :seen]))
+        return torch.cat(outs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         q_BHSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out_BHSD = scaled_dot_product_attention(
             q_BHSD,
@@ -40,12 +64,47 @@ class SdpaCoreAttention(MegatronModule):
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def mask_apart(documents_BS: Tensor) -> Tensor:
-    """[b, 1, s, s], True where a token of the row may not see that of the column: a later one, or another document's.
+class _WholeSequence(torch.autograd.Function):
+    """[T, B, G, D] of every context-parallel rank as [S, B, G, D] in the order of the sequence.
+
+    Every rank uses the whole, so the gradient of a part is the sum over all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TBGD, group):  # type: ignore[no-untyped-def]
+        ranks = group.size()
+        ctx.group, ctx.gathered = group, [chunk for rank in range(ranks) for chunk in context_chunks(rank, ranks)]
+        gathered = x_TBGD.new_empty((ranks * len(x_TBGD), *x_TBGD.shape[1:]))
+        distributed.all_gather_into_tensor(gathered, x_TBGD.contiguous(), group=group)
+        chunks = gathered.chunk(2 * ranks)
+        return torch.cat([chunks[ctx.gathered.index(chunk)] for chunk in range(2 * ranks)])
+
+    @staticmethod
+    def backward(ctx, grad_SBGD):  # type: ignore[no-untyped-def]
+        chunks = grad_SBGD.chunk(2 * ctx.group.size())
+        by_rank = torch.cat([chunks[chunk] for chunk in ctx.gathered])
+        grad_TBGD = by_rank.new_empty((len(by_rank) // ctx.group.size(), *by_rank.shape[1:]))
+        distributed.reduce_scatter_tensor(grad_TBGD, by_rank, group=ctx.group)
+        return grad_TBGD, None
+
+
+def own_positions(length: int, context: ProcessGroup) -> Tensor:
+    """[T], the places in a sequence of so many tokens that this rank of a context-parallel group has."""
+    if (ranks := context.size()) == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([chunks[chunk] for chunk in context_chunks(context.rank(), ranks)])
+
+
+def later(positions_T: Tensor, length: int) -> Tensor:
+    """[T, S], True where the column's token comes after the row's."""
+    return positions_T[:, None] < torch.arange(length, device=positions_T.device)
+
+
+def mask_apart(documents_BS: Tensor, positions_T: Tensor) -> Tensor:
+    """[B, 1, T, S], True where a token of the row may not see that of the column: a later one, or another document's.
 
     Megatron's `reset_attention_mask`. Positions need no reset: rotary embeddings depend on differences alone.
     """
-    S = documents_BS.shape[1]
-    is_later_SS = torch.ones(S, S, dtype=torch.bool, device=documents_BS.device).triu(1)
-    is_other_BSS = documents_BS[:, :, None] != documents_BS[:, None, :]
-    return (is_later_SS | is_other_BSS)[:, None]
+    is_other_BTS = documents_BS[:, positions_T, None] != documents_BS[:, None, :]
+    return (later(positions_T, documents_BS.shape[1]) | is_other_BTS)[:, None]

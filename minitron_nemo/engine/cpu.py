@@ -30,11 +30,13 @@ class _CudaIsCpu(TorchFunctionMode):
     """Rewrites the device argument of torch functions and answers the two tensor methods that name CUDA."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs = {**kwargs, "device": "cpu"}
-        elif func is torch.Tensor.cuda:
-            return args[0]
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
         elif func is torch.Tensor.type and len(args) == 1:
             return _CUDA_TYPE_NAMES.get(args[0].dtype, func(*args))
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -94,6 +96,8 @@ def pretend_cuda_is_cpu() -> None:
     cuda.manual_seed = torch.manual_seed
 
     _prefer_torch()
+    # Megatron compiles small functions as it calls them: seconds in every process, for microseconds of a step.
+    torch._dynamo.config.disable = True
     from megatron.core.tensor_parallel import random as megatron_random
 
     rng: Any = megatron_random

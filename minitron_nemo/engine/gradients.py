@@ -5,11 +5,11 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import ModelChunks
 
 
 @contextmanager
-def gradients_of_activations(model: HeadlessGPT) -> Iterator[None]:
+def gradients_of_activations(model: ModelChunks) -> Iterator[None]:
     """Inside, a training schedule gives gradients to activations and to no weight: a third less work, and no memory.
 
     The embeddings stand for the first thing that needs a gradient; later pipeline stages ask for that of their input.
@@ -19,8 +19,8 @@ def gradients_of_activations(model: HeadlessGPT) -> Iterator[None]:
         for weight in frozen:
             weight.requires_grad_(False)
             undo.callback(weight.requires_grad_, True)
-        if model.pre_process:
-            undo.callback(model.embedding.register_forward_hook(_require_gradient).remove)
+        if (first := model.gpts()[0]).pre_process:
+            undo.callback(first.embedding.register_forward_hook(_require_gradient).remove)
         yield
 
 

@@ -1,7 +1,9 @@
 """Building a Megatron-Core GPT of a given shape on this rank: Transformer Engine where present, else torch."""
 
+import dataclasses
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from minitron_nemo.config.parallel import Recompute
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.attention import SdpaCoreAttention
 from minitron_nemo.engine.norm import Norm
@@ -46,7 +50,7 @@ class BuildOptions:
 
     groups: Groups
     dtype: torch.dtype = torch.float32
-    recompute_activations: bool = False
+    recompute: Recompute = Recompute()
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -55,6 +59,10 @@ class BuildOptions:
     reset_attention_mask: bool = False
     # Stage splits are per model, because teacher and student have their own.
     stage_layers: list[int] | None = None
+
+    def computing_once(self) -> "BuildOptions":
+        """The same for a model that is not trained, or whose every activation is heard."""
+        return dataclasses.replace(self, recompute=Recompute())
 
 
 def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerConfig:
@@ -66,9 +74,14 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
         extra["pipeline_model_parallel_layout"] = rows
-    if options.recompute_activations:
-        extra |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    te = has_transformer_engine(groups.device)
+    recompute = options.recompute
+    extra |= dict(
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        recompute_modules=list(recompute.modules) or None,
+    )
+    te, on_gpu = has_transformer_engine(groups.device), groups.device.type == "cuda"
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -86,11 +99,13 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=options.dtype,
         pipeline_dtype=options.dtype,
         bf16=options.dtype == torch.bfloat16,
-        use_cpu_initialization=groups.device.type == "cpu",
+        use_cpu_initialization=not on_gpu,
         # Weights always come from a checkpoint, but only initializing marks the tensor-parallel parameters,
         # and without the marks the gradient norm would leave out the other ranks' parts.
         init_method=_leave,
@@ -104,7 +119,10 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         bias_dropout_fusion=False,
         apply_rope_fusion=te,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=groups.device.type == "cuda",
+        # Interleaved, two stages send to each other both ways at a time, which a batch would mix up. Sending while the
+        # next chunk runs needs CUDA's streams: gloo would send what is overwritten already.
+        batch_p2p_comm=on_gpu and layout.vpp == 1,
+        overlap_p2p_comm=on_gpu and layout.vpp > 1,
         **extra,
     )
 
@@ -113,7 +131,9 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _block_spec(config: TransformerConfig, options: BuildOptions) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, options: BuildOptions, *, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """What fills the slots of the layers: Transformer Engine's modules, else Megatron's with our norm and attention."""
     if has_transformer_engine(options.groups.device):
         layer = get_gpt_layer_with_transformer_engine_spec()
@@ -123,7 +143,8 @@ def _block_spec(config: TransformerConfig, options: BuildOptions) -> ModuleSpec 
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
 
 
 class HeadlessGPT(GPTModel):
@@ -159,20 +180,69 @@ class HeadlessGPT(GPTModel):
         return self.output_layer()
 
 
-def build_model(arch: ModelArch, options: BuildOptions) -> HeadlessGPT:
+class ModelChunks(nn.ModuleList):
+    """This rank's part of a model in the order of the forward pass: a chunk for each virtual stage, else one.
+
+    A chunk is a `HeadlessGPT`, or one inside of data-parallel wrappers.
+    """
+
+    @property
+    def config(self) -> Any:
+        """Megatron's configuration, which all chunks share."""
+        return self[0].config
+
+    @property
+    def context(self) -> ProcessGroup:
+        """The ranks that share each sequence, of one where nobody does."""
+        return self.gpts()[0].pg_collection.cp
+
+    def gpts(self) -> list[HeadlessGPT]:
+        """The chunks without wrappers."""
+        return [unwrap(chunk) for chunk in self]
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output head, [padded vocabulary / tp, h]; last stage only."""
+        return self.gpts()[-1].head_weight()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Inside, no chunk reduces its gradients; for wrapped chunks."""
+        stack = ExitStack()
+        for chunk in self:
+            stack.enter_context(chunk.no_sync())  # type: ignore[operator]
+        return stack
+
+
+def unwrap(chunk: Any) -> HeadlessGPT:
+    """The GPT inside data-parallel wrappers."""
+    while not isinstance(chunk, HeadlessGPT):
+        chunk = chunk.module
+    return chunk
+
+
+def build_model(arch: ModelArch, options: BuildOptions) -> ModelChunks:
     """This rank's part of the model, weights not yet loaded (see `engine.weights.load_weights`)."""
+    layout = options.groups.layout
+    layout.check(arch, stages=options.stage_layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Transformer Engine would not need recomputed
+        config = transformer_config(arch, options)
+    return ModelChunks(_build_chunk(arch, options, config, number=number) for number in range(layout.vpp))
+
+
+def _build_chunk(arch: ModelArch, options: BuildOptions, config: TransformerConfig, *, number: int) -> HeadlessGPT:
+    """The chunk of this number, from 0, on this rank."""
     groups = options.groups
-    groups.layout.check(arch, stages=options.stage_layers)
-    config = transformer_config(arch, options)
+    vp_stage = number if groups.layout.vpp > 1 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of absent fused kernels; engine_choice() says it in one line
         model = HeadlessGPT(
             config=config,
-            transformer_layer_spec=_block_spec(config, options),
+            transformer_layer_spec=_block_spec(config, options, vp_stage=vp_stage),
             vocab_size=groups.layout.padded_vocab_size(arch),
             max_sequence_length=arch.seq_length,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_first_stage and number == 0,
+            post_process=groups.is_last_stage and number == groups.layout.vpp - 1,
+            vp_stage=vp_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
             position_embedding_type="rope",

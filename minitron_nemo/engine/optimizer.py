@@ -9,12 +9,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_nemo.config.schema import OptimConfig
-from minitron_nemo.engine.model import BuildOptions, HeadlessGPT
-from minitron_nemo.engine.schedule import unwrap
+from minitron_nemo.engine.model import BuildOptions, ModelChunks
 
 
-def wrap_data_parallel(model: HeadlessGPT, options: BuildOptions) -> DistributedDataParallel:
-    """The model in Megatron's data-parallel wrapper; gradients reduce in float32."""
+def wrap_data_parallel(model: ModelChunks, options: BuildOptions) -> ModelChunks:
+    """The model in Megatron's data-parallel wrapper, chunk by chunk; gradients reduce in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=options.distributed_optimizer,
@@ -24,24 +23,29 @@ def wrap_data_parallel(model: HeadlessGPT, options: BuildOptions) -> Distributed
         average_in_collective=False,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    wrapped = ModelChunks(
+        # One bucket for each later chunk: its communication has the computation of others to hide behind.
+        DistributedDataParallel(config=model.config, ddp_config=config, module=chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model)
+    )
     if options.overlap_grad_reduce:
         # Without it the schedule would start the reduction with every micro-batch.
         model.config.no_sync_func = wrapped.no_sync
     return wrapped
 
 
-def whole(model: Any) -> HeadlessGPT:
-    """The GPT inside its wrapper with every parameter as the last step left it, on all ranks. Collective.
+def whole(model: ModelChunks) -> ModelChunks:
+    """The model without its wrappers with every parameter as the last step left it, on all ranks. Collective.
 
     Where ranks gather parameters during the forward pass, those that others updated are old until the next one.
     """
-    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)
-    return unwrap(model)
+    for chunk in model:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    return ModelChunks(model.gpts())
 
 
-def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, *, distributed_optimizer: bool) -> Any:
+def build_optimizer(wrapped: ModelChunks, optim: OptimConfig, *, distributed_optimizer: bool) -> Any:
     """Megatron's Adam over a wrapped model, with float32 main weights where the model's are bf16."""
     dtype = wrapped.config.params_dtype
     config = OptimizerConfig(
@@ -59,7 +63,7 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, *, dis
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+        return get_megatron_optimizer(config, list(wrapped), use_gloo_process_groups=False)
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, *, max_steps: int) -> OptimizerParamScheduler:

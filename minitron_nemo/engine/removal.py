@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minitron_nemo.engine.schedule import Batch, forward_variants, unwrap
+from minitron_nemo.engine.model import ModelChunks
+from minitron_nemo.engine.schedule import Batch, forward_variants
 
 
 class RemovalRuns:
@@ -27,11 +28,12 @@ class RemovalRuns:
     of its first layer from 0; `evaluations` counts the layers that this stage has evaluated.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ModelChunks) -> None:
+        (self.gpt,) = model.gpts()  # an interleaved pipeline has several: not supported
         self.model = model.eval()  # in training mode recomputed layers are found by their place in the list
         self.states: list[Tensor] = []
         self.evaluations = 0
-        self._decoder = unwrap(model).decoder
+        self._decoder = self.gpt.decoder
         self._layers = self._decoder.layers
         self.first = int(self._layers[0].layer_number) - 1
 

@@ -1,4 +1,8 @@
-"""Micro-batches through the pipeline: forward and backward (1F1B), or forward only."""
+"""Micro-batches through the pipeline: forward and backward (1F1B), or forward only.
+
+Everybody hands whole sequences over. What comes out is of this rank's part of them, where context parallelism shares
+them out: hidden states, and the micro-batch that a loss is given.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,13 +12,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from minitron_nemo.engine.attention import mask_apart
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.attention import mask_apart, own_positions
+from minitron_nemo.engine.model import HeadlessGPT, ModelChunks, unwrap
 from minitron_nemo.losses.output import TOKENS, LossOutput
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each; documents where they are kept apart
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each; documents where they are apart
 GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
-# (the model, its hidden states [s, b, h], the micro-batch, its context) -> the loss; called on the last stage only
+# (the chunk with the head, hidden states [s, b, h], the micro-batch, its context) -> the loss; on the last stage only
 GetLoss = Callable[[HeadlessGPT, Tensor, Batch, Any], LossOutput]
 GetContexts = Callable[[list[Batch]], Iterable[Any]]  # micro-batches -> one context for each, in order
 
@@ -27,15 +31,8 @@ def calls(firsts: Sequence[int], *, stages: int) -> Iterator[Sequence[int]]:
     yield from (firsts[start : start + size] for start in range(0, len(firsts), size))
 
 
-def unwrap(model: Any) -> HeadlessGPT:
-    """The GPT inside data-parallel wrappers."""
-    while not isinstance(model, HeadlessGPT):
-        model = model.module
-    return model
-
-
 def run_schedule(
-    model: Any, batches: list[Batch], *, contexts: GetContexts, loss: GetLoss, train: bool, window: int = 0
+    model: ModelChunks, batches: list[Batch], *, contexts: GetContexts, loss: GetLoss, train: bool, window: int = 0
 ) -> list[dict[str, Tensor]]:
     """The sums of every micro-batch's loss on the last stage, an empty list elsewhere.
 
@@ -57,7 +54,7 @@ def run_schedule(
 
 
 @contextmanager
-def _finalized_once(model: Any) -> Iterator[Callable]:
+def _finalized_once(model: ModelChunks) -> Iterator[Callable]:
     """Several training schedules as one. Inside of the context that this gives, gradients only add up.
 
     Megatron ends each schedule by `config.finalize_model_grads_func`, which reduces gradients over the ranks and
@@ -88,7 +85,7 @@ def _finalized_once(model: Any) -> Iterator[Callable]:
 
 
 def _run_window(
-    model: Any, batches: list[Batch], contexts: Iterable[Any], loss: GetLoss, train: bool
+    model: ModelChunks, batches: list[Batch], contexts: Iterable[Any], loss: GetLoss, train: bool
 ) -> list[dict[str, Tensor]]:
     """One schedule over micro-batches whose contexts are there."""
 
@@ -101,21 +98,22 @@ def _run_window(
 
         return _forward(part, batch), finish
 
-    return _schedule(model, zip(batches, contexts, strict=True), forward_step, batches, not train)
+    items = zip(_own_parts(model, batches), contexts, strict=True)
+    return _schedule(model, items, forward_step, batches, not train)
 
 
-def forward_hidden(model: Any, batches: list[Batch]) -> list[Tensor]:
+def forward_hidden(model: ModelChunks, batches: list[Batch]) -> list[Tensor]:
     """Final hidden states [s, b, h] of every micro-batch on the last stage, an empty list elsewhere."""
 
     def forward_step(items: Iterator, part: Any) -> tuple[Tensor, Callable]:
         return _forward(part, next(items)), lambda output, non_loss_data: output
 
     with torch.no_grad():
-        return _schedule(model, iter(batches), forward_step, batches, True, collect_non_loss_data=True)
+        return _schedule(model, _own_parts(model, batches), forward_step, batches, True, collect_non_loss_data=True)
 
 
 def forward_variants(
-    model: Any,
+    model: ModelChunks,
     batch: Batch,
     variants: Iterable[AbstractContextManager[Any]],
     *,
@@ -131,27 +129,43 @@ def forward_variants(
     def forward_step(items: Iterator, part: Any) -> tuple[Tensor, Callable]:
         number, variant = next(items)
         with variant:
-            return _forward(part, batch), lambda output, non_loss_data: consume(output, number)
+            return _forward(part, own), lambda output, non_loss_data: consume(output, number)
 
+    (own,) = _own_parts(model, [batch])
     with torch.no_grad():
         return _schedule(model, enumerate(variants), forward_step, [batch] * count, True, collect_non_loss_data=True)
 
 
-def _forward(model: Any, batch: Batch) -> Tensor:
-    tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    documents = batch.get("documents")
-    return model(tokens, positions, None if documents is None else mask_apart(documents))
+def _own_parts(model: ModelChunks, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """What this context-parallel rank has of every micro-batch; `documents` stay whole, for the mask."""
+    for batch in batches:
+        tokens = batch["tokens"]
+        positions = own_positions(tokens.shape[1], model.context).to(tokens.device)
+        own = {name: x if name == "documents" else x[:, positions] for name, x in batch.items()}
+        yield {**own, "positions": positions}
+
+
+def _forward(chunk: Any, batch: Batch) -> Tensor:
+    tokens, positions, documents = batch["tokens"], batch["positions"], batch.get("documents")
+    mask = None if documents is None else mask_apart(documents, positions)
+    return chunk(tokens, positions.expand_as(tokens), mask)
 
 
 def _schedule(
-    model: Any, items: Iterable, forward_step: Callable, batches: list[Batch], forward_only: bool, **options: Any
+    model: ModelChunks,
+    items: Iterable,
+    forward_step: Callable,
+    batches: list[Batch],
+    forward_only: bool,
+    **options: Any,
 ) -> list[Any]:
     micro_batch_size, seq_length = batches[0]["tokens"].shape
+    # Each chunk goes through all items; one alone takes them as they are made.
+    each = [iter(items)] if len(model) == 1 else [iter(copy) for copy in [list(items)] * len(model)]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(items),
-        model=[model],
+        data_iterator=each if len(model) > 1 else each[0],
+        model=list(model),
         num_microbatches=len(batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

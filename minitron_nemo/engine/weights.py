@@ -16,7 +16,7 @@ from minitron_nemo.checkpoint.source import TensorSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistWriter, write_metadata
 from minitron_nemo.checkpoint.torch_dist_weights import stored_box
 from minitron_nemo.distributed.groups import Groups
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import HeadlessGPT, ModelChunks
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import EMBEDDING, LAYER, OUTPUT, LogicalTensor, logical_tensors
 
@@ -36,15 +36,20 @@ class LocalPiece:
     offset: tuple[int, ...]
 
 
-def local_pieces(model: HeadlessGPT, arch: ModelArch, groups: Groups) -> Iterator[LocalPiece]:
+def local_pieces(model: ModelChunks, arch: ModelArch, groups: Groups) -> Iterator[LocalPiece]:
     """Every block of logical tensors that this rank holds, as views of its parameters."""
     table = logical_tensors(arch)
-    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, parameter in model.named_parameters():
-        logical_name = _logical_name(name, first_layer)
-        if logical_name == OUTPUT and OUTPUT not in table:
-            logical_name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
-        yield from _pieces(table[logical_name], parameter.data, groups)
+    for chunk in model.gpts():
+        for name, parameter in chunk.named_parameters():
+            logical_name = _logical_name(name, _first_layer(chunk))
+            if logical_name == OUTPUT and OUTPUT not in table:
+                logical_name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
+            yield from _pieces(table[logical_name], parameter.data, groups)
+
+
+def _first_layer(chunk: HeadlessGPT) -> int:
+    """The number from 0, over the whole model, of a chunk's first layer."""
+    return chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
 
 
 def _logical_name(name: str, first_layer: int) -> str:
@@ -70,7 +75,7 @@ def _pieces(logical: LogicalTensor, local: Tensor, groups: Groups) -> Iterator[L
 
 
 @torch.no_grad()
-def load_weights(model: HeadlessGPT, source: TensorSource, groups: Groups) -> None:
+def load_weights(model: ModelChunks, source: TensorSource, groups: Groups) -> None:
     """Fill this rank's parameters from a source of any layout; vocabulary padding rows become zero."""
     for piece in local_pieces(model, source.arch, groups):
         rows = piece.local.shape[0]
@@ -82,18 +87,18 @@ def load_weights(model: HeadlessGPT, source: TensorSource, groups: Groups) -> No
             piece.local[:rows].copy_(source.read(piece.logical.name, box))
 
 
-def write_weights(folder: Path, model: HeadlessGPT, arch: ModelArch, groups: Groups) -> dict[str, str]:
+def write_weights(folder: Path, model: ModelChunks, arch: ModelArch, groups: Groups) -> dict[str, str]:
     """Every rank writes what it alone holds into a torch_dist folder; returns the SHA-256 of each file, on rank 0.
 
-    Collective. One data-parallel replica writes; replicated parameters come from tensor-parallel rank 0; the copy
-    of a tied embedding on the last stage is left out.
+    Collective. One data- and context-parallel replica writes; replicated parameters come from tensor-parallel rank 0;
+    the copy of a tied embedding on the last stage is left out.
     """
     writer = TorchDistWriter(folder, rank=groups.rank)
     for piece in local_pieces(model, arch, groups):
         logical = piece.logical
         is_copy = logical.row.split is None and groups.tp_rank > 0
         is_tied_copy = logical.row.key == EMBEDDING and not groups.is_first_stage
-        if groups.dp_rank > 0 or is_copy or is_tied_copy:
+        if groups.dp_rank > 0 or groups.cp_rank > 0 or is_copy or is_tied_copy:
             continue
         box = stored_box(logical, Box(piece.offset, tuple(piece.local.shape)))
         shape = _padded_shape(logical, arch, groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron_nemo.distributed.groups import Groups
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import ModelChunks
 from minitron_nemo.engine.schedule import GetBatch, calls
 from minitron_nemo.errors import UserError
 from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOKENS, TOP1_AGREEMENT
@@ -30,7 +30,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: HeadlessGPT,
+    model: ModelChunks,
     objective: Objective,
     *,
     batch: GetBatch,

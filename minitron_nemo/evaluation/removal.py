@@ -15,7 +15,7 @@ from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.spread import Spread, merge
 from minitron_nemo.engine.model import HeadlessGPT
 from minitron_nemo.engine.removal import RemovalRuns
-from minitron_nemo.engine.schedule import Batch, unwrap
+from minitron_nemo.engine.schedule import Batch
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.losses.output import CROSS_ENTROPY, TOKENS
 
@@ -52,7 +52,7 @@ class TextSums(OnLastStage):
 
     def add(self, batch: Batch) -> None:
         """Count a micro-batch; on all stages."""
-        model, whole = unwrap(self.runs.model), list[Tensor]()
+        model, whole = self.runs.gpt, list[Tensor]()
 
         def consume(hidden_SBH: Tensor, number: int) -> None:
             if number == 0:
@@ -95,7 +95,7 @@ def log_likelihoods(
     for row, request in enumerate(requests):
         tokens_RS[row, : len(request.inputs)] = torch.tensor(request.inputs)
     values_RV = torch.zeros(len(requests), 1 + len(blocks), dtype=torch.float64, device=groups.device)
-    model = unwrap(runs.model)
+    model = runs.gpt
     labels = [torch.tensor(request.continuation, device=groups.device) for request in requests]
 
     def consume(hidden_SRH: Tensor, number: int) -> None:

@@ -37,25 +37,30 @@ class Statistic(ABC):
     def __init__(self, site: Site, hearing: Hearing) -> None:
         self.site = site
         self.groups = hearing.groups
-        self.counts = torch.zeros(hearing.layers, 2, dtype=torch.float64, device=hearing.device)  # samples, tokens
+        self.device = hearing.device
+        self.counts = [[0, 0] for _ in range(hearing.layers)]  # samples, tokens
 
     def add(self, row: int, *tensors: Tensor) -> None:
         """Count what a forward pass over B samples gave the site, each [S, B, ...], into layer `row`."""
-        self.values[row] += self.measure(*tensors)
+        self.values[row].add_(self.measure(*tensors))
         S, B = tensors[0].shape[:2]
-        self.counts[row, 0] += B
-        self.counts[row, 1] += S * B
+        self.counts[row][0] += B
+        self.counts[row][1] += S * B
 
     def heard(self) -> Tensor:
         """Samples and tokens heard by each layer over all ranks, [l, 2]."""
-        samples_l, tokens_l = self.counts.unbind(-1)
-        tokens_l = merge(tokens_l, self.site.sequence, self.groups.sequence)
-        return merge(torch.stack((samples_l, tokens_l), dim=-1), Spread.PARTIAL, self.groups.dp)
+        counts_l2 = torch.tensor(self.counts, dtype=torch.float64, device=self.device).reshape(-1, 2)
+        samples_l, tokens_l = counts_l2.unbind(-1)
+        return merge(torch.stack((samples_l, self.whole_sequence(tokens_l)), dim=-1), Spread.PARTIAL, self.groups.dp)
+
+    def whole_sequence(self, x: Tensor) -> Tensor:
+        """The sum over the ranks that heard a slice each of the same samples."""
+        return merge(merge(x, self.site.sequence, self.groups.sequence), Spread.PARTIAL, self.groups.cp)
 
     def forget(self) -> None:
         """Begin again with nothing heard."""
         self.values.zero_()
-        self.counts.zero_()
+        self.counts = [[0, 0] for _ in self.counts]
 
     @abstractmethod
     def measure(self, *tensors: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class UnitMoments(Statistic):
             raise ValueError(f"activations {tuple(x_SBU.shape)}: expected [s, b, {self.values.shape[-1]}]")
         m_MBU = estimators.moments(x_SBU, of=self.sequence_aggregation)
         # Before the nonlinearity: slices of one sequence become one number only once they are whole.
-        m_MBU = merge(m_MBU, self.site.sequence, self.groups.sequence)
+        m_MBU = self.whole_sequence(m_MBU)
         return estimators.moments(estimators.aggregate(m_MBU, self.sequence_aggregation))
 
     def merged(self) -> Tensor:
@@ -94,7 +99,7 @@ class SignedUnitMoments(UnitMoments):
 
     def measure(self, *tensors: Tensor) -> Tensor:
         (x_SBU,) = tensors
-        sums_BU = merge(x_SBU.sum(dim=0, dtype=torch.float64), self.site.sequence, self.groups.sequence)
+        sums_BU = self.whole_sequence(x_SBU.sum(dim=0, dtype=torch.float64))
         return estimators.moments(sums_BU)
 
 
@@ -111,7 +116,7 @@ class CosineSums(Statistic):
 
     def merged(self) -> Tensor:
         """Slices of a sequence add like samples."""
-        return merge(merge(self.values, self.site.sequence, self.groups.sequence), Spread.PARTIAL, self.groups.dp)
+        return merge(self.whole_sequence(self.values), Spread.PARTIAL, self.groups.dp)
 
 
 class SecondMoments(Statistic):
@@ -134,5 +139,16 @@ class SecondMoments(Statistic):
         return with_ones.T @ x_SBu.flatten(0, 1)
 
     def merged(self) -> Tensor:
-        values = merge(self.values, self.site.sequence, self.groups.sequence)
+        values = self.whole_sequence(self.values)
         return merge(merge(values, Spread.PARTIAL, self.groups.dp), self.site.units, self.groups.tp)
+
+    def restore(self, values: Tensor, tokens: int) -> None:
+        """Begin with what an earlier run heard: its merged `values`, [l, U + 1, u] of this rank's units, and tokens.
+
+        On one rank of those whose values are added: the others begin with nothing.
+        """
+        slices = self.groups.sequence is not None and self.site.sequence is Spread.PARTIAL
+        if self.groups.dp_rank > 0 or self.groups.cp_rank > 0 or (slices and self.groups.tp_rank > 0):
+            return
+        self.values.copy_(values)
+        self.counts = [[0, tokens] for _ in self.counts]

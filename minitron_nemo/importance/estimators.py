@@ -34,6 +34,8 @@ def moments(s: Tensor, *, of: str | None = None) -> Tensor:
     mean. Squares are taken about the mean of their block, so the variance is too, however large the mean.
     """
     dtype, read = _at_least_float32(s), _READ[of]
+    if dtype is torch.float64 and of is None:
+        return _in_float64(s)
     sums = s.new_zeros((MOMENTS, *s.shape[1:]), dtype=torch.float64)
     sums[0] = len(s)
     for block in s.split(_rows_of_block(s)) if len(s) else ():
@@ -47,6 +49,12 @@ def moments(s: Tensor, *, of: str | None = None) -> Tensor:
 
 # of moments, the sums that an aggregation reads besides the count
 _READ = {None: (1, 2, 3), "mean": (1,), "l2": (3,), "variance": (2, 3)}
+
+
+def _in_float64(s: Tensor) -> Tensor:
+    """All moments of float64. What is aggregated is small: few operations matter more than what they allocate."""
+    blocks = (torch.stack((torch.ones_like(x), x.abs(), x, x * x)).sum(dim=1) for x in s.split(_rows_of_block(s)))
+    return functools.reduce(torch.add, blocks)
 
 
 def _add_block(sums: Tensor, x: Tensor, work: Tensor, *, read: tuple[int, ...]) -> None:

@@ -16,9 +16,9 @@ from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.spread import by_layer
 from minitron_nemo.importance.accumulators import Hearing, Statistic
 from minitron_nemo.importance.criteria import Criterion, chosen
-from minitron_nemo.importance.scores import ImportanceScores
+from minitron_nemo.importance.scores import ImportanceScores, scores_of
 from minitron_nemo.importance.sites import Module, Site
-from minitron_nemo.importance.sums import Part, Tables
+from minitron_nemo.importance.sums import Heard, ImportanceSums, Part
 from minitron_nemo.shape.arch import ModelArch
 
 
@@ -63,20 +63,13 @@ class ImportanceStatistics:
 
     def finish(self, batch_aggregation: str = "l2", *, data_fingerprint: str = "") -> ImportanceScores:
         """The scores of the whole model, the same on every rank; all ranks must call it together."""
+        return scores_of(self.sums(data_fingerprint), batch_aggregation)
+
+    def sums(self, data_fingerprint: str = "") -> ImportanceSums:
+        """What was heard so far, as one part, the same on every rank; all ranks must call it together."""
         num_samples, num_tokens = self._heard()
-        tables = self._tables()
-        return ImportanceScores(
-            arch=self.arch,
-            by_axis={
-                axis: criterion.scores(tables[axis], batch_aggregation, self.arch)
-                for axis, criterion in self.criteria.items()
-            },
-            num_samples=num_samples,
-            seq_length=num_tokens // num_samples,
-            sequence_aggregation=self.sequence_aggregation,
-            batch_aggregation=batch_aggregation,
-            data_fingerprint=data_fingerprint,
-        )
+        heard, part = Heard(data_fingerprint, num_samples, num_tokens // num_samples), self._part(0, num_samples)
+        return ImportanceSums(self.arch, self.criteria, self.sequence_aggregation, heard, (part,))
 
     def take(self, samples: range) -> Part:
         """What was heard since the last time, which were these samples of the set, and forget it; on all ranks.
@@ -86,18 +79,19 @@ class ImportanceStatistics:
         num_samples, _ = self._heard()
         if num_samples != len(samples):
             raise RuntimeError(f"heard {num_samples} samples, not the {len(samples)} from {samples.start} on")
-        part = Part(samples.start, samples.stop, self._tables())
+        part = self._part(samples.start, samples.stop)
         for statistics in self.statistics.values():
             for statistic in statistics:
                 statistic.forget()
         return part
 
-    def _tables(self) -> Tables:
+    def _part(self, first: int, end: int) -> Part:
         """Of every axis the merged table of each site, over all ranks and layers, float64 on CPU."""
-        return {
+        tables = {
             axis: tuple(self._by_layer(statistic, statistic.merged()).cpu() for statistic in statistics)
             for axis, statistics in self.statistics.items()
         }
+        return Part(first, end, tables)
 
     def _by_layer(self, statistic: Statistic, rows: Tensor) -> Tensor:
         here, everywhere = (self.layers, self.arch.num_layers)
@@ -156,7 +150,8 @@ def listening(
 def decoders(model: Module | Sequence[Module]) -> list[Module]:
     """The decoders on this rank, through any wrappers (`.module`)."""
     found: list[Module] = []
-    chunks: Sequence[Module] = [model] if isinstance(model, nn.Module) else model
+    several = isinstance(model, Sequence | nn.ModuleList)
+    chunks: Sequence[Module] = model if several else [model]
     for chunk in chunks:
         while not hasattr(chunk, "decoder"):
             chunk = chunk.module

@@ -120,7 +120,7 @@ def scores_of(sums: ImportanceSums, batch_aggregation: str) -> ImportanceScores:
         sequence_aggregation=sums.sequence_aggregation,
         batch_aggregation=batch_aggregation,
         data_fingerprint=sums.heard.data,
-        criteria={axis: name for axis, name in sums.criteria.items() if name != names_of(axis)[0]},
+        criteria={axis: name for axis, name in sums.names.items() if name not in names_of(axis)[:1]},
     )
 
 

@@ -10,6 +10,8 @@ row more those of x_i: float32 [U + 1, U]
     final_layernorm              x = n behind the last layer
     tokens                       how many tokens the sums are over, [1]
 
+Such sums add up over jobs, to the rounding of float32. While an estimate is under way they are kept in float64.
+
 Layers from 0. For a model of L layers, H channels, C channels of heads and F neurons these are 4 L (2 H^2 + C^2 + F^2)
 bytes, and twice that on the devices while they are gathered (float64), over which tensor parallelism shares C and F.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.spread import Spread, merge
 from minitron_nemo.errors import UserError
-from minitron_nemo.importance.accumulators import Hearing, SecondMoments, Statistic
+from minitron_nemo.importance.accumulators import Hearing, SecondMoments
 from minitron_nemo.importance.hooks import decoder_layers, device_of
 from minitron_nemo.importance.sites import (
     FINAL_NORM,
@@ -67,7 +69,7 @@ class SecondMomentStatistics:
 
     def __init__(self, arch: ModelArch, *, groups: Groups, device: torch.device | None) -> None:
         self.arch, self.groups, self.device = arch, groups, device
-        self.statistics: dict[str, Statistic] = {}
+        self.statistics: dict[str, SecondMoments] = {}
 
     def attach(self, layer: Module, number: int, attached: ExitStack) -> None:
         """Hook the sites of a layer of this stage, counted from 0 over the model."""
@@ -81,7 +83,14 @@ class SecondMomentStatistics:
         self.statistics[name] = SecondMoments(site, hearing)
         attached.callback(site.attach(layer, self.arch, partial(self.statistics[name].add, 0)).remove)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def restore(self, file: "SecondMomentFile") -> None:
+        """Begin with what an earlier run heard, under whatever layout."""
+        for name, statistic in self.statistics.items():
+            width, shards = statistic.values.shape[-1], statistic.site.units is Spread.SHARDED
+            first = width * self.groups.tp_rank if shards else 0
+            statistic.restore(file.read(name, slice(first, first + width)).to(self.device), int(file.tokens))
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the file in its order, one at a time, the same on every rank; all ranks must take all."""
         tokens = set()
         for name, shape in shapes(self.arch).items():
@@ -93,10 +102,10 @@ class SecondMomentStatistics:
             if (statistic := self.statistics.get(name)) is not None:
                 values, heard = statistic.merged()[0], statistic.heard()[:, 1]
             tokens.add(float(merge(heard, Spread.PARTIAL, self.groups.pp)))
-            yield name, merge(values, Spread.PARTIAL, self.groups.pp).cpu().float()
+            yield name, merge(values, Spread.PARTIAL, self.groups.pp).cpu().to(dtype)
         if len(tokens) != 1 or tokens == {0.0}:
             raise RuntimeError(f"tokens heard at each site must be equal and at least one, they are {sorted(tokens)}")
-        yield TOKENS, torch.tensor(list(tokens))
+        yield TOKENS, torch.tensor(list(tokens), dtype=dtype)
 
 
 @contextmanager
@@ -133,16 +142,27 @@ class SecondMomentFile:
             raise UserError(f"{self.path}: cannot be read ({reason}); run estimate_importance again") from None
         if found != shapes(arch):
             raise UserError(f"{self.path}: was made from another model; run estimate_importance on this one")
-        self.tokens = float(self._read(TOKENS))
+        self.arch = arch
+        self.tokens = float(self.read(TOKENS))
 
     def sums(self, site: str, layer: int | None) -> tuple[Tensor, Tensor]:
         """Sums over the tokens of x_i x_j [U, U] and of x_i [U], float64."""
-        values = self._read(name_of(site, layer)).double()
+        values = self.read(name_of(site, layer)).double()
         if not torch.isfinite(values).all():
             raise UserError(f"{self.path}: {name_of(site, layer)} is not finite; run estimate_importance again")
         return values[:-1], values[-1]
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str, columns: slice = slice(None)) -> Tensor:
+        """A tensor of the file as it is stored, or some of its columns."""
         with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_slice(name)[..., columns]
         return tensor
+
+
+def added(files: Sequence[SecondMomentFile], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of several jobs added up, one at a time."""
+    for name in shapes(files[0].arch):
+        total = files[0].read(name).double()
+        for other in files[1:]:
+            total += other.read(name)
+        yield name, total.to(dtype)

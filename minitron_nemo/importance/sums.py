@@ -68,12 +68,12 @@ class Part:
 class ImportanceSums:
     """Sums over samples, from which the scores of every batch aggregation follow. Float64 on CPU.
 
-    `criteria[axis]` is the name of the criterion that the axis was heard for. Raises UserError when a table is not of
-    the model's shape or not finite, or when parts overlap.
+    `criteria[axis]` is the criterion that the axis was heard for; the file has its name. Raises UserError when a table
+    is not of the model's shape or not finite, or when parts overlap.
     """
 
     arch: ModelArch
-    criteria: dict[str, str]
+    criteria: dict[str, Criterion]
     sequence_aggregation: str
     heard: Heard
     parts: tuple[Part, ...] = ()
@@ -84,9 +84,14 @@ class ImportanceSums:
                 raise UserError(
                     f"samples {later.first}..{min(earlier.end, later.end) - 1} of the calibration set are in it twice"
                 )
-        for axis, criterion in chosen(self.criteria, only=self.criteria).items():
+        for axis, criterion in self.criteria.items():
             for part in self.parts:
                 _check_tables(axis, part.tables[axis], criterion=criterion, arch=self.arch)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of each axis' criterion."""
+        return {axis: criterion.name for axis, criterion in self.criteria.items()}
 
     @property
     def num_samples(self) -> int:
@@ -118,22 +123,24 @@ class ImportanceSums:
             raise UserError(f"no part ends at sample {samples}: parts end at {ends}")
         return dataclasses.replace(self, parts=parts)
 
-    def finish(self, batch_aggregation: str, criteria: Mapping[str, Criterion] | None = None) -> dict[str, Tensor]:
-        """The scores of every axis, by its criterion; from `criteria` those that are in no registry."""
+    def finish(self, batch_aggregation: str) -> dict[str, Tensor]:
+        """The scores of every axis, by its criterion."""
         if not self.parts:
             raise UserError(f"sums over no samples have no scores; {AGAIN}")
         whole = self.parts[0]
         for part in self.parts[1:]:
             whole = whole.then(part)
-        criteria = chosen(self.criteria, only=self.criteria) if criteria is None else criteria
-        return {axis: criteria[axis].scores(whole.tables[axis], batch_aggregation, self.arch) for axis in self.criteria}
+        return {
+            axis: criterion.scores(whole.tables[axis], batch_aggregation, self.arch)
+            for axis, criterion in self.criteria.items()
+        }
 
     def write(self, folder: Path | str) -> None:
         """Write the file into an existing folder."""
         facts = {
             "schema_version": SCHEMA_VERSION,
             "arch": self.arch.to_dict(),
-            "criteria": self.criteria,
+            "criteria": self.names,
             "sites": {axis: list(names) for axis, names in _site_names(self.criteria).items()},
             "sequence_aggregation": self.sequence_aggregation,
             "heard": dataclasses.asdict(self.heard),
@@ -200,8 +207,8 @@ def _comparable(a: ImportanceSums, b: ImportanceSums) -> Iterable[tuple[str, Any
     yield "calibration data", a.heard.data, b.heard.data
     yield "precision", a.heard.precision, b.heard.precision
     yield "sequence_aggregation", a.sequence_aggregation, b.sequence_aggregation
-    for axis in {**a.criteria, **b.criteria}:
-        yield f"criterion of {axis}", a.criteria.get(axis), b.criteria.get(axis)
+    for axis in {**a.names, **b.names}:
+        yield f"criterion of {axis}", a.names.get(axis), b.names.get(axis)
 
 
 def _short(value: Any) -> str:
@@ -240,7 +247,7 @@ def read_sums(folder: Path | str) -> ImportanceSums:
 
 def _from_file(facts: Any, tensors: Mapping[str, Tensor]) -> ImportanceSums:
     _check_facts(facts)
-    criteria, parts = facts["criteria"], facts["parts"]
+    criteria, parts = chosen(facts["criteria"], only=facts["criteria"]), facts["parts"]
     if facts["sites"] != {axis: list(names) for axis, names in _site_names(criteria).items()}:
         raise UserError(f"was heard at other sites than this version's criteria have; {AGAIN}")
     wanted = [key for number in range(len(parts)) for key in _keys(criteria, number)]
@@ -294,12 +301,11 @@ def _check_tables(axis: str, tables: Sequence[Tensor], *, criterion: Criterion, 
             raise UserError(f"sums of {axis} at {site.name}: not all finite; check the checkpoint's weights, {AGAIN}")
 
 
-def _site_names(criteria: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    known = chosen(criteria, only=criteria)
-    return {axis: tuple(site.name for site in known[axis].sites) for axis in AXES if axis in criteria}
+def _site_names(criteria: Mapping[str, Criterion]) -> dict[str, tuple[str, ...]]:
+    return {axis: tuple(site.name for site in criteria[axis].sites) for axis in AXES if axis in criteria}
 
 
-def _keys(criteria: Mapping[str, str], number: int) -> list[str]:
+def _keys(criteria: Mapping[str, Criterion], number: int) -> list[str]:
     """Where the file keeps the tables of a part."""
     return [f"{axis}.{site}.{number:06d}" for axis, sites in _site_names(criteria).items() for site in sites]
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# The one vocabulary of sums and means. Cross-entropy is that with the next token of the text, in nats.
+# The one vocabulary of sums and means. Cross-entropy is that with the next token of the text, in nats, as is entropy.
 TOKENS = "tokens"
 LOSS = "loss"
 CROSS_ENTROPY = "cross_entropy"
 FORWARD_KL = "forward_kl"
 TOP1_AGREEMENT = "top1_agreement"
+TEACHER_ENTROPY = "teacher_entropy"
 
 
 @dataclass(frozen=True)

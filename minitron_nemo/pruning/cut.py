@@ -20,7 +20,7 @@ from minitron_nemo.shape.axes import AXES
 from minitron_nemo.shape.packing import Kept, Packing
 from minitron_nemo.shape.tensors import LogicalTensor
 
-BLOCK_BYTES = 16 * 2**20  # of the source, read at a time
+BLOCK_BYTES = 4 * 2**20  # of the source, read at a time
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy has no bfloat16
 
 
@@ -32,7 +32,7 @@ class PrunedSource(ShapedSource):
 
     def __init__(self, source: TensorSource, plan: PruningPlan) -> None:
         plan.check_source(source.arch)
-        super().__init__(plan.target)
+        super().__init__(plan.target, made_of=source)
         self.source = source
         self.plan = plan
 

@@ -131,6 +131,12 @@ def identity(arch: ModelArch) -> PruningPlan:
     return PruningPlan(arch, arch, {name: everything(axis, source=arch, target=arch) for name, axis in AXES.items()})
 
 
+def of_words(arch: ModelArch, kept: Units) -> PruningPlan:
+    """The plan that keeps these words, ascending, and everything else."""
+    whole = identity(arch)
+    return PruningPlan(arch, shrink(arch, vocab_size=len(kept)), whole.keep | {"vocab_size": (kept,)})
+
+
 def read_plan(path: Path | str) -> PruningPlan:
     """The plan in a file. Raises UserError naming the file when it is damaged or contradicts itself.
 

@@ -1,4 +1,4 @@
-"""The proof of a cut: the sliced student computes what its masked source computes, on a few random tokens.
+"""The proof of a cut: the sliced student computes what its masked source computes, on a few tokens.
 
 Both models run block by block, side by side, each tensor read once. The student runs twice, as one batch: on its own
 residual stream, which ends in the logits that are compared; and on the source's, so that each block is compared on the
@@ -8,8 +8,9 @@ alone does not, so that one wrong neuron in one layer is seen.
 Repairs change weights after the cut, so that no masked source computes what the repaired student does. With repairs the
 cut is proven before them, straight from the source; and that what they made is what was written, by its hashes.
 
-The claim is about indices: which rows of which tensor went where. It holds for any tokens or for none, so random ids
-from a fixed seed prove it as well as text does, and no data is needed.
+The tokens are text of the calibration set, where the importance that chose the units kept some, so that activations are
+of the sizes that the model has in use. The claim is about indices, which rows of which tensor went where, and holds for
+any tokens: without text random ids from a fixed seed prove it too.
 
 Shapes: B samples, S tokens, H hidden_size, K kept channels, V words at a time.
 """
@@ -31,7 +32,8 @@ from minitron_nemo.pruning.plain_forward import PlainModel, runs_of_words
 from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.shape.tensors import EMBEDDING
 
-SAMPLES, SEQ_LENGTH = 2, 32  # random tokens: every unit of every block takes part in each
+SAMPLES, SEQ_LENGTH = 2, 32  # every unit of every block takes part in each token
+CALIBRATION, RANDOM = "calibration", "random"  # what the tokens are
 
 # What a block may be off on the same input: root mean square of the difference over that of the source's output.
 # Masked and sliced models add the same numbers in another order, so that float32 differs in its last bits, and a
@@ -53,6 +55,7 @@ class Proof:
     allowed of it; `worst_block` differs most on the same input, by `block_off` of at most `block_tolerance`.
     """
 
+    tokens: str  # CALIBRATION or RANDOM
     samples: int
     seq_length: int
     dtype: str
@@ -71,10 +74,10 @@ class Proof:
     def describe(self) -> str:
         """The proof on one line."""
         return (
-            f"proof: sliced against masked in {self.dtype} on {self.samples} x {self.seq_length} random tokens: logits "
-            f"differ by {self.max_difference:.2g} at most, {self.mean_difference:.2g} in the mean, top-1 agreement "
-            f"{self.top1_agreement:.1%}, {self.off:.2g} of their size (allowed {self.tolerance:.2g}); most in "
-            f"{self.worst_block}, {self.block_off:.2g} (allowed {self.block_tolerance:.2g})"
+            f"proof: sliced against masked in {self.dtype} on {self.samples} x {self.seq_length} {self.tokens} tokens: "
+            f"logits differ by {self.max_difference:.2g} at most, {self.mean_difference:.2g} in the mean, top-1 "
+            f"agreement {self.top1_agreement:.1%}, {self.off:.2g} of their size (allowed {self.tolerance:.2g}); most "
+            f"in {self.worst_block}, {self.block_off:.2g} (allowed {self.block_tolerance:.2g})"
         )
 
 
@@ -84,6 +87,7 @@ def prove_cut(
     student: TensorSource,
     plan: PruningPlan,
     *,
+    text_BS: Tensor | None = None,
     samples: int = SAMPLES,
     seq_length: int = SEQ_LENGTH,
     seed: int = 0,
@@ -91,6 +95,8 @@ def prove_cut(
 ) -> Proof:
     """Compare `student` with `source` under the masks of `plan`, in the dtype of the student's embedding.
 
+    On the first `samples` x `seq_length` tokens of `text_BS`, ids of the source, without the words that a smaller
+    vocabulary lacks; on random tokens where there are not so many.
     Raises ProofError, naming the first block that is off, when they differ by more than rounding, and UserError when
     the source itself has no finite logits.
     """
@@ -99,9 +105,12 @@ def prove_cut(
     dtype = student.dtype(EMBEDDING)
     teacher = MaskedModel(source, plan, dtype=dtype, device=device)
     sliced = PlainModel(student, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(seed)
     seq_length = min(seq_length, plan.target.seq_length)
-    tokens_BS = torch.randint(0, plan.target.vocab_size, (samples, seq_length), generator=generator)
+    tokens_BS = None if text_BS is None else _of_student(text_BS, teacher.kept_words(), (samples, seq_length))
+    what = RANDOM if tokens_BS is None else CALIBRATION
+    if tokens_BS is None:
+        generator = torch.Generator().manual_seed(seed)
+        tokens_BS = torch.randint(0, plan.target.vocab_size, (samples, seq_length), generator=generator)
     comparison = _Comparison(TOLERANCES[dtype])
     logits = _side_by_side(teacher, sliced, tokens_BS, comparison)
     tolerance = AMPLIFICATION * TOLERANCES[dtype] * math.sqrt(2 * plan.target.num_layers + 1)
@@ -111,6 +120,7 @@ def prove_cut(
             f"{tolerance:.2g}, though each block computes what the masked source computes; {ADVICE}"
         )
     return Proof(
+        tokens=what,
         samples=samples,
         seq_length=seq_length,
         dtype=str(dtype).removeprefix("torch."),
@@ -123,6 +133,17 @@ def prove_cut(
         block_off=comparison.off,
         block_tolerance=comparison.tolerance,
     )
+
+
+def _of_student(text_BS: Tensor, words: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """Text as ids of the student, [samples, seq_length], without the words that went; None when it is too short."""
+    samples, seq_length = shape
+    rows = []
+    for row in text_BS[:samples]:
+        kept = row[torch.isin(row, words)][:seq_length]
+        rows.append(torch.searchsorted(words, kept))
+    whole = len(rows) == samples and all(len(row) == seq_length for row in rows)
+    return torch.stack(rows) if whole else None
 
 
 ADVICE = "nothing was published: this is a fault of the program, please report it (prune.proof=false publishes anyway)"

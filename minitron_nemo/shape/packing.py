@@ -46,8 +46,8 @@ class Packing(Protocol):
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         """Elements along the same dimension of each Hugging Face tensor that this one is packed from."""
 
-    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
-        """The packed tensor [size, ...] from Hugging Face's."""
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch, *, out: "Tensor | None" = None) -> "Tensor":
+        """The packed tensor [size, ...] from Hugging Face's, in the memory of `out` where several are packed."""
 
     def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         """The inverse of `from_hf`."""
@@ -65,7 +65,7 @@ class _InOneRun(ABC):
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         return [self.size(arch)]
 
-    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch, *, out: "Tensor | None" = None) -> "Tensor":
         (tensor,) = tensors
         return tensor
 
@@ -122,10 +122,10 @@ class Gated:
     def hf_sizes(self, arch: ModelArch) -> list[int]:
         return [self._units(arch)] * 2
 
-    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch, *, out: "Tensor | None" = None) -> "Tensor":
         import torch
 
-        return torch.cat(list(tensors))
+        return torch.cat(list(tensors), out=out)
 
     def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         return list(tensor.chunk(2))
@@ -170,12 +170,13 @@ class GroupedQuery(_InOneRun):
         key = arch.num_query_groups * arch.kv_channels
         return [arch.query_size, key, key]
 
-    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch) -> "Tensor":
+    def from_hf(self, tensors: "Sequence[Tensor]", arch: ModelArch, *, out: "Tensor | None" = None) -> "Tensor":
         import torch
 
         rest = tensors[0].shape[1:]
         grouped = [tensor.reshape(arch.num_query_groups, -1, *rest) for tensor in tensors]
-        return torch.cat(grouped, dim=1).reshape(arch.qkv_size, *rest)
+        blocks = None if out is None else out.view(arch.num_query_groups, -1, *rest)
+        return torch.cat(grouped, dim=1, out=blocks).reshape(arch.qkv_size, *rest)
 
     def to_hf(self, tensor: "Tensor", arch: ModelArch) -> "list[Tensor]":
         rest = tensor.shape[1:]

@@ -1,35 +1,38 @@
 """One pass over calibration samples: a model in, its importance scores out."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from minitron_nemo.checkpoint.formats.nemo import NemoFolder
-from minitron_nemo.checkpoint.safetensors_stream import SafetensorsWriter
 from minitron_nemo.checkpoint.source import TensorSource
 from minitron_nemo.config.importance import EstimateImportanceConfig
 from minitron_nemo.config.schema import Config
 from minitron_nemo.data.calibration import CalibrationSet
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.distributed.stopping import finishing
 from minitron_nemo.engine.gradients import gradients_of_activations
-from minitron_nemo.engine.model import BuildOptions, HeadlessGPT, build_model
+from minitron_nemo.engine.model import BuildOptions, ModelChunks, build_model
 from minitron_nemo.engine.schedule import Batch, calls, forward_hidden, run_schedule
 from minitron_nemo.engine.weights import load_weights
-from minitron_nemo.errors import StoppedError
+from minitron_nemo.errors import StoppedError, UserError
 from minitron_nemo.importance.criteria import chosen
 from minitron_nemo.importance.hooks import listening
-from minitron_nemo.importance.scores import ImportanceScores, scores_of
-from minitron_nemo.importance.second_moments import FILE, SecondMomentStatistics, listening_to_second_moments, shapes
-from minitron_nemo.importance.sums import Heard, ImportanceSums, stretches
+from minitron_nemo.importance.scores import ImportanceScores
+from minitron_nemo.importance.second_moments import SecondMomentFile, listening_to_second_moments
+from minitron_nemo.importance.sums import Heard, ImportanceSums, read_sums, stretches
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.progress import progress
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.steps.kept_sums import KeptSums
+from minitron_nemo.steps.score_folders import Estimated
 from minitron_nemo.steps.settings import precision_of
 from minitron_nemo.training.objectives import LanguageModelObjective
 
@@ -43,33 +46,7 @@ class Estimate:
     samples: range | None = None  # of the calibration set; None: all
     micro_batch_size: int = 1
     save_every_n_samples: int = 64
-    second_moments: bool = False  # of the same passes, for repairs; they are not kept, nor gone on from
-
-
-@dataclass(frozen=True, eq=False)
-class Estimated:
-    """What one pass over the calibration samples gave: scores and their sums, second moments where they are wanted."""
-
-    scores: ImportanceScores
-    second_moments: SecondMomentStatistics | None = None
-    sums: ImportanceSums | None = None
-
-    def write(self, folder: Path | None) -> None:
-        """Write all into a folder; on all ranks, of which one has the folder and the others give their parts."""
-        if folder is not None:
-            self.scores.write(folder)
-            if self.sums is not None:
-                self.sums.write(folder)
-        if self.second_moments is None:
-            return
-        with ExitStack() as stack:
-            writer = None
-            if folder is not None:
-                path, tensors = folder / FILE, shapes(self.scores.arch)
-                writer = stack.enter_context(SafetensorsWriter(path, tensors, dtype=torch.float32))
-            for name, tensor in self.second_moments.tensors():
-                if writer is not None:
-                    writer.write(name, tensor)
+    second_moments: bool = False  # of the same passes, for repairs
 
 
 def estimate_of(section: EstimateImportanceConfig) -> Estimate:
@@ -82,6 +59,20 @@ def estimate_of(section: EstimateImportanceConfig) -> Estimate:
         save_every_n_samples=section.save_every_n_samples,
         second_moments=section.second_moments,
     )
+
+
+def check_interleaved(section: EstimateImportanceConfig, layout: Layout) -> None:
+    """Refuse samples of which an interleaved pipeline would get a number of micro-batches that it cannot take."""
+    step = section.micro_batch_size * layout.pp
+    cuts = stretches(section.samples, set_samples=section.num_samples, at_most=section.save_every_n_samples)
+    for stretch, rank in itertools.product(cuts, range(layout.dp)):
+        if (size := len(layout.share_of(stretch, rank))) % step:
+            raise UserError(
+                f"estimate_importance.num_samples={section.num_samples}: of samples {stretch.start} to "
+                f"{stretch.stop - 1} a data-parallel rank has {size}; the interleaved pipeline needs a multiple of "
+                f"micro_batch_size x pipeline_model_parallel_size = {step} between two saves, or "
+                "virtual_pipeline_model_parallel_size=1"
+            )
 
 
 def heard_by(config: Config, model: NemoFolder, calibration: CalibrationSet) -> Heard:
@@ -121,7 +112,7 @@ def estimate(
     heard: Heard | None = None,
     kept: KeptSums | None = None,
 ) -> Estimated:
-    """Scores and the sums that they follow from, the same on every rank; on all ranks.
+    """Sums, the scores that they come to, and second moments where they are wanted; the same on every rank, on all.
 
     With `kept` sums are saved as they grow, and those of a run that stopped are gone on from. Raises StoppedError when
     it was asked to stop, after the samples that it was at are saved.
@@ -130,15 +121,12 @@ def estimate(
     samples = range(set_samples) if how.samples is None else how.samples
     criteria = chosen(how.criteria)
     heard = heard or Heard(calibration.fingerprint, set_samples, calibration.tokens.shape[1])
-    names = {axis: criterion.name for axis, criterion in criteria.items()}
-    kept = None if how.second_moments else kept
-    begun = kept.load(groups) if kept is not None else None
-    sums = begun or ImportanceSums(weights.arch, names, how.sequence_aggregation, heard)
+    begun, _ = (kept.newest(groups) if kept is not None else None) or (None, 0)
+    sums = read_sums(begun) if begun else ImportanceSums(weights.arch, criteria, how.sequence_aggregation, heard)
+    found = Estimated(sums, batch_aggregation, calibration.tokens[samples.start : samples.stop])
     left = samples[sums.num_samples :]
     needs_gradients = any(criterion.gradients for criterion in criteria.values())
-    model = build_model(weights.arch, options)
-    load_weights(model, weights, groups)
-    model.eval()
+    model = _loaded(weights, options)
     with (
         ExitStack() as stack,
         gradients_of_activations(model) if needs_gradients else nullcontext(),
@@ -155,23 +143,33 @@ def estimate(
         moments = None
         if how.second_moments:
             moments = stack.enter_context(listening_to_second_moments(model, arch=weights.arch, groups=groups))
+            found = dataclasses.replace(found, second_moments=moments.tensors)
+            if begun:
+                moments.restore(SecondMomentFile(begun, weights.arch))
         run = _passes(model, arch=weights.arch, groups=groups, backward=needs_gradients)
         for stretch in stretches(left, set_samples=set_samples, at_most=how.save_every_n_samples):
             mine = groups.layout.share_of(stretch, groups.dp_rank)
             for batches in _calls(calibration, mine, how.micro_batch_size, options=options):
                 run(batches)
                 bar.advance(sum(len(batch["tokens"]) for batch in batches) * groups.layout.dp)
-            sums = sums.add(statistics.take(stretch))
+            found = dataclasses.replace(found, sums=found.sums.add(statistics.take(stretch)))
             if kept is None or stretch.stop == samples.stop:
                 continue
-            if groups.is_main:
-                kept.save(sums)
+            kept.save(stretch.stop, partial(found.write_sums, dtype=torch.float64), groups)
             if any(groups.any_rank(asked())):
-                raise StoppedError(f"importance after {sums.num_samples} of {len(samples)} samples, saved as asked")
-    return Estimated(scores_of(sums, batch_aggregation), moments, sums)
+                done = f"{found.sums.num_samples} of {len(samples)}"
+                raise StoppedError(f"importance after {done} samples, saved as asked")
+    return found
 
 
-def _passes(model: HeadlessGPT, *, arch: ModelArch, groups: Groups, backward: bool) -> Callable[[list[Batch]], None]:
+def _loaded(weights: TensorSource, options: BuildOptions) -> ModelChunks:
+    """What hooks hear must be computed once."""
+    model = build_model(weights.arch, options.computing_once())
+    load_weights(model, weights, options.groups)
+    return model.eval()
+
+
+def _passes(model: ModelChunks, *, arch: ModelArch, groups: Groups, backward: bool) -> Callable[[list[Batch]], None]:
     """What runs micro-batches: forward alone, or the language-model loss forward and `backward`.
 
     The loss is the cross-entropy of every token with the next, summed.

@@ -42,7 +42,9 @@ def checkpoint_sizes(config: Config, training: TrainingConfig, trained: ModelArc
     """Bytes of the training checkpoints that a run keeps and of the one it is writing, by name; none without saving."""
     if not training.save_every_n_steps:
         return {}
-    copies = 1 if config.parallel.use_distributed_optimizer else config.layout.dp  # else every rank writes them whole
+    copies = (
+        1 if config.parallel.use_distributed_optimizer else config.layout.batch_ranks
+    )  # else every rank writes them whole
     one = model_size(config, trained) + OPTIMIZER_BYTES * trained.num_params() * copies
     made = min(training.keep_latest_k + 1, (training.max_steps - 1) // training.save_every_n_steps)
     return {f"{made} x training checkpoint of {in_bytes(one)}:": made * one}

@@ -11,6 +11,7 @@ from minitron_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from minitron_nemo.checkpoint.formats.nemo import NemoFolder
+    from minitron_nemo.checkpoint.source import TensorSource
 
 
 def require(*paths: str | Path | None, kind: str = "model") -> None:
@@ -27,11 +28,26 @@ def open_verified(path: str | Path | None) -> "NemoFolder":
     return open_nemo(str(path), verify=is_main_process())
 
 
+def open_to_stream(path: str | Path | None) -> "NemoFolder":
+    """An input model that one process streams: what holds its weights is hashed while it is read."""
+    require(path)
+    from minitron_nemo.checkpoint.formats.nemo import open_nemo
+
+    return open_nemo(str(path), verify_while_read=True)
+
+
 def check_model(
-    config: Config, model: "NemoFolder", *, name: str = "model", stages: Sequence[int] | None = None
+    config: Config,
+    model: "NemoFolder",
+    *,
+    name: str = "model",
+    stages: Sequence[int] | None = None,
+    trained: bool = False,
 ) -> None:
-    """Refuse a layout or a sequence length that the model does not fit, before any rank starts."""
+    """Refuse a layout, a sequence length or a recomputation that the model does not fit, before any rank starts."""
     config.layout.check(model.arch, name=name, stages=stages)
+    if trained:
+        config.parallel.recompute.check(config.layout.stages(model.arch.num_layers, stages))
     if config.data.seq_length > model.arch.seq_length:
         raise UserError(
             f"data.seq_length={config.data.seq_length}: the {name} {model.path} was made for at most "
@@ -39,19 +55,30 @@ def check_model(
         )
 
 
-def require_same_tokenizer(student: "NemoFolder", teacher: "NemoFolder") -> None:
-    """Refuse two models whose token ids mean different things."""
+def weights_beside(model: "NemoFolder", reference: "NemoFolder") -> "TensorSource":
+    """The weights of the model that `model` is compared with token by token, cut to its words where it has fewer.
+
+    Raises UserError for two models whose token ids mean different things.
+    """
     from minitron_nemo.data.tokenizer import load_tokenizer
 
-    if student.arch.vocab_size != teacher.arch.vocab_size:
+    sizes = {"fewer_size": model.arch.vocab_size, "whole_size": reference.arch.vocab_size}
+    if sizes["fewer_size"] > sizes["whole_size"]:
         raise UserError(
-            f"{student.path} has a vocabulary of {student.arch.vocab_size}, {teacher.path} one of "
-            f"{teacher.arch.vocab_size}: they are compared token by token, which needs one vocabulary; "
-            "cut the teacher to the same words (prune.target.vocab_size alone), or leave the student its vocabulary"
+            f"{model.path} has a vocabulary of {model.arch.vocab_size}, {reference.path} only "
+            f"{reference.arch.vocab_size}: they are compared token by token; give a teacher that knows every word"
         )
-    ours, theirs = load_tokenizer(student.tokenizer), load_tokenizer(teacher.tokenizer)
+    if sizes["fewer_size"] < sizes["whole_size"]:
+        from minitron_nemo.data.prune_tokenizer import rows_kept
+        from minitron_nemo.pruning.cut import PrunedSource
+        from minitron_nemo.pruning.plan import of_words
+
+        kept = rows_kept(model.tokenizer, reference.tokenizer, **sizes)
+        return PrunedSource(reference.weights, of_words(reference.arch, kept))
+    ours, theirs = load_tokenizer(model.tokenizer), load_tokenizer(reference.tokenizer)
     if ours.fingerprint != theirs.fingerprint:
         raise UserError(
-            f"{student.path} and {teacher.path} carry different tokenizers ({ours.fingerprint[:12]}, "
+            f"{model.path} and {reference.path} carry different tokenizers ({ours.fingerprint[:12]}, "
             f"{theirs.fingerprint[:12]}): prune the student from this teacher, or give the teacher it came from"
         )
+    return reference.weights

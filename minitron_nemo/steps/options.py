@@ -1,11 +1,13 @@
-"""The build options that a config asks for."""
+"""The build options, and the divergence, that a config asks for."""
 
 import torch
 
-from minitron_nemo.config.schema import Config, Precision
+from minitron_nemo.config.schema import Config, DistillConfig, Precision
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import BuildOptions
 from minitron_nemo.errors import UserError
+from minitron_nemo.losses.divergences.divergence import Divergence
+from minitron_nemo.losses.divergences.known import KNOWN
 from minitron_nemo.steps.settings import precision_of
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
@@ -22,7 +24,7 @@ def build_options(config: Config, groups: Groups, *, stages: list[int] | None = 
     return BuildOptions(
         groups=groups,
         dtype=DTYPES[precision_of(config)],
-        recompute_activations=parallel.recompute_activations,
+        recompute=parallel.recompute,
         distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=overlap,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -31,3 +33,13 @@ def build_options(config: Config, groups: Groups, *, stages: list[int] | None = 
         reset_attention_mask=config.data.reset_attention_mask,
         stage_layers=stages,
     )
+
+
+def divergence_of(section: DistillConfig) -> Divergence:
+    """The divergence that the section names, with the settings that are its own."""
+    own = {
+        "jensen_shannon": {"beta": section.jensen_shannon_beta},
+        "top_k_kl": {"top_k": section.top_k, "top_p": section.top_p},
+    }
+    name = section.divergence.value
+    return KNOWN[name](**own.get(name, {}))

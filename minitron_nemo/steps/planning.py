@@ -8,6 +8,7 @@ from minitron_nemo.artefacts.manifest import read_manifest, verify_files
 from minitron_nemo.config.schema import Config
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.shape.axes import AXES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,18 +36,24 @@ def plan_of(config: Config, model: "NemoFolder") -> "PruningPlan":
         plan.check_source(model.arch, name=section.plan)
         return plan
     target = config.fit(model.arch).arch
-    fewer_words = target.vocab_size < model.arch.vocab_size
-    scores = _with_words(config, model, target) if fewer_words else _scores(config)
-    plan = make_plan(scores, target, drop_layers=layers_to_drop(config, model.arch))
+    plan = make_plan(_scores(config, model, target), target, drop_layers=layers_to_drop(config, model.arch))
     plan.check_source(model.arch, name=f"importance {section.importance}")
     return plan
 
 
 def needs_importance(config: Config) -> bool:
-    """Whether a cut goes by scores, as repairs do: not by a plan that is there, not by the words' frequency alone."""
+    """Whether a cut goes by scores of importance, as repairs do.
+
+    Not where a plan is there, where words go by their frequency, and where layers go by a list or by scores of blocks.
+    """
     target = config.prune.target
-    asked = {known.name for known in dataclasses.fields(target) if getattr(target, known.name) != known.default}
-    return config.prune.repairs.any or (config.prune.plan is None and asked != {WORDS})
+    if config.prune.repairs.any or config.prune.plan is not None:
+        return config.prune.repairs.any
+    shrunk = {axis for axis in AXES if getattr(target, axis) is not None}
+    if target.budget is not None:
+        shrunk |= set(target.budget.axes)
+    by_other = {WORDS, "num_layers"} if target.drop_by or target.drop_layers else {WORDS}
+    return bool(shrunk - by_other)
 
 
 def check_grid(config: Config, target: ModelArch) -> None:
@@ -54,20 +61,16 @@ def check_grid(config: Config, target: ModelArch) -> None:
     Layout(tp=config.parallel.tensor_model_parallel_size).check(target, name="pruned model")
 
 
-def _scores(config: Config) -> "ImportanceScores":
-    from minitron_nemo.importance.scores import read_scores
+def _scores(config: Config, model: "NemoFolder", target: ModelArch) -> "ImportanceScores":
+    """The scores, if any are needed, and those of the words, if some go."""
+    from minitron_nemo.importance.scores import ImportanceScores, read_scores
 
-    return read_scores(str(config.prune.importance))
-
-
-def _with_words(config: Config, model: "NemoFolder", target: ModelArch) -> "ImportanceScores":
-    """The scores, if any are needed, and those of the words."""
-    from minitron_nemo.importance.scores import ImportanceScores
-
+    scores = ImportanceScores(model.arch, {}, 0, 0, "", "")
+    if needs_importance(config):
+        scores = read_scores(str(config.prune.importance))
+    if target.vocab_size == model.arch.vocab_size:
+        return scores
     words = {WORDS: word_scores(config, model, target.vocab_size)}
-    if not needs_importance(config):
-        return ImportanceScores(model.arch, words, 0, 0, "", "")
-    scores = _scores(config)
     return dataclasses.replace(scores, by_axis={**scores.by_axis, **words})
 
 

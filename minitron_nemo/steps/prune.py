@@ -17,13 +17,15 @@ from minitron_nemo.config.schema import Accelerator, Config
 from minitron_nemo.data.prune_tokenizer import pruned_tokenizer
 from minitron_nemo.data.vocabulary import read_vocabulary
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.calibration_text import read_text
 from minitron_nemo.importance.scores import read_scores
 from minitron_nemo.importance.second_moments import SecondMomentFile
 from minitron_nemo.progress import watched
 from minitron_nemo.pruning.cut import PrunedSource
 from minitron_nemo.pruning.plan import PruningPlan
-from minitron_nemo.pruning.proof import Digests, prove_cut
+from minitron_nemo.pruning.proof import RANDOM, Digests, prove_cut
 from minitron_nemo.pruning.repairs.sources import Repairs, repaired
+from minitron_nemo.steps.planning import needs_importance
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +38,18 @@ def prune(
     origin: Origin | None = None,
     repairs: Repairs | None = None,
     importance: str | Path | None = None,
+    text_from: str | Path | None = None,
     proof: bool = True,
     gpu: bool = False,
 ) -> NemoFolder:
     """Publish the model that `plan` leaves of `model` as the `.nemo` folder `output`, `plan.json` inside.
 
     `repairs` change the weights that stay, by what lies in the folder `importance` (docs/method.md).
-    With `proof` the weights as they were written are first compared with the masked source, with `gpu` on a GPU where
-    there is one, and the findings go into the manifest. `origin` is by default made of the plan and the model. Raises
-    UserError when the plan is for another shape or `output` is there already, and ProofError, publishing nothing, when
-    the model does not compute what it should.
+    With `proof` the weights as they were written are first compared with the masked source, on the calibration text in
+    the folder of scores `text_from` or else on random tokens, with `gpu` on a GPU where there is one, and the findings
+    go into the manifest. `origin` is by default made of the plan and the model. Raises UserError when the plan is for
+    another shape or `output` is there already, and ProofError, publishing nothing, when the model does not compute what
+    it should.
     """
     plan.check_source(model.arch)
     if origin is None:
@@ -54,15 +58,18 @@ def prune(
         origin = Origin.of("model", settings, parents=parents, lineage=lineage)
     cut = PrunedSource(model.weights, plan)
     source = cut if repairs is None else _repaired(model, plan, repairs, importance)
+    text = read_text(text_from, vocab_size=model.arch.vocab_size) if proof and text_from is not None else None
     tensors, digests = stream(source), Digests()
     if proof and source is not cut:
         tensors = digests.noted(tensors)
 
     def prove(written: TensorSource) -> Mapping[str, Any]:
         device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
-        found = prove_cut(model.weights, written if source is cut else cut, plan, device=device)
+        found = prove_cut(model.weights, written if source is cut else cut, plan, text_BS=text, device=device)
         if source is not cut:
             digests.check(written)
+        if found.tokens == RANDOM:
+            logger.info(f"proof: on random tokens: {text_from or 'a cut without scores'} has no calibration text")
         logger.info(found.describe())
         return {"proof": found.to_dict()}
 
@@ -86,9 +93,18 @@ def options_of(config: Config) -> dict[str, Any]:
     return {
         "repairs": repairs_of(section.repairs),
         "importance": section.importance,
+        "text_from": _scores_of(config),
         "proof": section.proof,
         "gpu": config.trainer.accelerator is not Accelerator.cpu,
     }
+
+
+def _scores_of(config: Config) -> str | None:
+    """The folder of the scores that a cut goes by, None for a cut by a plan or by words alone."""
+    if needs_importance(config):
+        return config.prune.importance
+    by_blocks = config.prune.plan is None and config.prune.target.drop_by is not None
+    return config.prune.blocks if by_blocks else None
 
 
 def repairs_of(section: RepairsConfig) -> Repairs | None:

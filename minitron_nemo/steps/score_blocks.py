@@ -27,8 +27,10 @@ from minitron_nemo.importance.blocks import (
     blocks_of,
     layer_evaluations,
 )
+from minitron_nemo.importance.calibration_text import write_text
 from minitron_nemo.losses.lm_head import HeadLoss
-from minitron_nemo.steps.partial import Rounds
+from minitron_nemo.steps.kept_sums import KeptSums
+from minitron_nemo.steps.rounds import Rounds
 
 ON_TEXT = (COSINE, LM_LOSS, NMSE)  # the measures of one pass over calibration samples
 
@@ -43,13 +45,12 @@ def score_blocks(
     tasks: Mapping[str, TaskRun] | None = None,
     micro_batch_size: int = 1,
     chunk_tokens: int = 1024,
-    partial: Path | None = None,
-    fingerprint: str = "",
+    kept: KeptSums | None = None,
 ) -> BlockScores:
     """Scores of every block of these lengths by these measures of the calibration samples, and by the tasks.
 
     The same on every rank; on all ranks. Cosine is taken of blocks of every length: it costs no pass of its own.
-    What is summed so far is kept in the folder `partial`, and a run of the same `fingerprint` goes on from it.
+    With `kept` sums are saved as they grow, and those of a run that stopped are gone on from.
     """
     arch, groups = weights.arch, options.groups
     model = build_model(arch, options)
@@ -60,7 +61,7 @@ def score_blocks(
         blocks=blocks_of(arch.num_layers, lengths),
         head=HeadLoss(vocab_size=arch.vocab_size, chunk_tokens=chunk_tokens, group=groups.tp),
         groups=groups,
-        rounds=Rounds(groups, micro_batch_size, folder=partial, fingerprint=fingerprint),
+        rounds=Rounds(groups, micro_batch_size, kept),
     )
     values: dict[str, Values] = {}
     whole: dict[str, float] = {}
@@ -77,6 +78,13 @@ def score_blocks(
         values[TASK] = {n: [math.fsum(column) / len(each) for column in columns[n]] for n in lengths}
         whole[TASK] = math.fsum(of_task["whole"] for of_task in told.values()) / len(told)
     return BlockScores(arch, list(lengths), values, whole=whole, tasks=told, facts=facts)
+
+
+def write_blocks(folder: Path, scores: BlockScores, calibration: CalibrationSet | None) -> None:
+    """Write scores, and a little of the text that they are of, into an existing folder."""
+    scores.write(folder)
+    if calibration is not None:
+        write_text(folder, calibration.tokens)
 
 
 @dataclass(frozen=True)

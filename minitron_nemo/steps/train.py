@@ -48,12 +48,20 @@ def train_model(
     assert train_data is not None
     assert valid_data is not None
     state = TrainState.start(model, training.optim, max_steps=training.max_steps, options=options)
-    logger.info(engine_choice(groups.device, options.dtype, state.optimizer))
+    engine = engine_choice(groups.device, options.dtype, state.optimizer)
+    logger.info(f"{engine}, {objective.runs_in_words(groups.device)}")
     run = TrainingRun(
         name=name,
         config=training,
         groups=groups,
-        checkpoints=_checkpoints(run_dir / "checkpoints" / name, arch, options, training=training, origin=origin),
+        checkpoints=_checkpoints(
+            run_dir / "checkpoints" / name,
+            arch,
+            options,
+            training=training,
+            origin=origin,
+            objective=objective.in_words,
+        ),
         logs=run_dir / "logs" / name,
         train_batch=batches_on(groups.device, train_data, documents=blend.reset_attention_mask),
         valid_batch=batches_on(groups.device, valid_data, documents=blend.reset_attention_mask),
@@ -68,7 +76,13 @@ def train_model(
 
 
 def _checkpoints(
-    folder: Path, arch: ModelArch, options: BuildOptions, *, training: TrainingConfig, origin: Origin
+    folder: Path,
+    arch: ModelArch,
+    options: BuildOptions,
+    *,
+    training: TrainingConfig,
+    origin: Origin,
+    objective: str,
 ) -> CheckpointFolder:
     return CheckpointFolder(
         folder,
@@ -77,15 +91,19 @@ def _checkpoints(
         options.groups,
         layout=layout_in_words(options),
         keep=training.keep_latest_k,
-        optimizer_copies=1 if options.distributed_optimizer else options.groups.layout.dp,
+        optimizer_copies=1 if options.distributed_optimizer else options.groups.layout.batch_ranks,
+        objective=objective,
+        overwrite=origin.overwrite,
     )
 
 
 def layout_in_words(options: BuildOptions) -> str:
     """What must stay the same for a training checkpoint to be resumed."""
     layout = options.groups.layout
+    context = f"context {layout.cp}, " if layout.cp > 1 else ""
+    virtual = f" x {layout.vpp} chunks" if layout.vpp > 1 else ""
     return (
-        f"tensor {layout.tp}, pipeline {layout.pp} (layers {options.stage_layers or 'even'}), "
-        f"data {layout.dp}, sequence_parallel {layout.sequence_parallel}, "
+        f"tensor {layout.tp}, pipeline {layout.pp}{virtual} (layers {options.stage_layers or 'even'}), "
+        f"{context}data {layout.dp}, sequence_parallel {layout.sequence_parallel}, "
         f"use_distributed_optimizer {options.distributed_optimizer}, {options.dtype}"
     )

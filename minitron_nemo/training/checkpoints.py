@@ -23,8 +23,8 @@ from minitron_nemo.checkpoint.formats.nemo import KIND as MODEL
 from minitron_nemo.checkpoint.formats.nemo import WEIGHTS, describe_folder, model_facts
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights
 from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.model import ModelChunks
 from minitron_nemo.engine.optimizer import whole
-from minitron_nemo.engine.schedule import unwrap
 from minitron_nemo.engine.weights import load_weights, write_weights
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -47,6 +47,8 @@ class CheckpointFolder:
     layout: str  # under another one the files of the ranks would not fit
     keep: int = 2
     optimizer_copies: int = 1  # data-parallel ranks share the optimizer's state, or each has (and writes) a copy
+    objective: str = ""  # in words: what is minimized
+    overwrite: bool = False  # start again where checkpoints of another objective lie
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -84,7 +86,7 @@ class CheckpointFolder:
             kind=KIND,
             origin=Origin(self.fingerprint, overwrite=True),
             tokens=position.consumed_tokens,
-            extra={"layout": self.layout, "position": vars(position)},
+            extra={"layout": self.layout, "objective": self.objective, "position": vars(position)},
             needed=self._size(),
         ) as (folder, hashes):
             name = f"optimizer_{self.groups.rank:05d}.safetensors"
@@ -96,9 +98,13 @@ class CheckpointFolder:
         self.groups.barrier()
 
     def resume(self, state: TrainState) -> None:
-        """Restore the newest whole checkpoint of this run; nothing when there is none. Collective."""
+        """Restore the newest whole checkpoint of this run; nothing when there is none. Collective.
+
+        Raises UserError where the newest is of a run that minimized something else: by its place it is meant to go on.
+        """
         folder = self._newest()
         if folder is None:
+            self._refuse_other_objective()
             return
         manifest = read_manifest(folder, kind=KIND)
         if (layout := manifest.extra["layout"]) != self.layout:
@@ -107,10 +113,20 @@ class CheckpointFolder:
                 f"or remove {self.path} to start again"
             )
         weights = TorchDistWeights(folder / WEIGHTS, self.arch, source="the run's model")
-        load_weights(unwrap(state.model), weights, self.groups)
+        load_weights(state.model, weights, self.groups)
         read_optimizer(folder / f"optimizer_{self.groups.rank:05d}.safetensors", state)
         state.position = Position(**manifest.extra["position"])
         logger.info(f"resumed from {folder}")
+
+    def _refuse_other_objective(self) -> None:
+        others = [] if self.overwrite else self._all_steps()
+        for folder in others[-1:]:
+            before = _objective(folder)
+            if before and before != self.objective:
+                raise UserError(
+                    f"{folder} minimized {before}, this is {self.objective}: go on with the settings it had, or give "
+                    "overwrite=true to start again, or another output"
+                )
 
     def steps(self) -> list[Path]:
         """The checkpoints of this run, oldest first. Those of another configuration are left alone."""
@@ -150,11 +166,19 @@ def _fingerprint(folder: Path) -> str | None:
         return None
 
 
+def _objective(folder: Path) -> str:
+    """What its run minimized, in words; empty when that cannot be read."""
+    try:
+        return str(read_manifest(folder, kind=KIND).extra.get("objective", ""))
+    except UserError:
+        return ""
+
+
 def save_model(
-    path: Path, model: Any, arch: ModelArch, groups: Groups, *, tokenizer: Path, tokens: int, origin: Origin
+    path: Path, model: ModelChunks, arch: ModelArch, groups: Groups, *, tokenizer: Path, tokens: int, origin: Origin
 ) -> None:
     """Publish a trained model as a `.nemo` folder from all ranks. Collective."""
-    dtype = next(unwrap(model).parameters()).dtype
+    dtype = next(model.parameters()).dtype
     facts = model_facts(arch, dtype)
     size = arch.num_params() * dtype.itemsize
     with _publishing_weights(
@@ -167,7 +191,7 @@ def save_model(
 @contextmanager
 def _publishing_weights(
     target: Path,
-    model: Any,
+    model: ModelChunks,
     arch: ModelArch,
     groups: Groups,
     *,

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from minitron_nemo.distillation.teacher import Teacher
 from minitron_nemo.distributed.groups import Groups
-from minitron_nemo.engine.model import HeadlessGPT
+from minitron_nemo.engine.model import HeadlessGPT, ModelChunks
 from minitron_nemo.engine.schedule import Batch, run_schedule
 from minitron_nemo.losses.lm_head import HeadLoss
-from minitron_nemo.losses.output import TOKENS, LossOutput
+from minitron_nemo.losses.output import CROSS_ENTROPY, TOKENS, LossOutput
 from minitron_nemo.shape.arch import ModelArch
 
 
@@ -24,6 +25,13 @@ class Objective(Protocol):
     @property
     def window(self) -> int:
         """Micro-batches whose contexts are made, and wait, at a time; 0: all of a call."""
+
+    @property
+    def in_words(self) -> str:
+        """What is minimized; a resumed run must minimize the same."""
+
+    def runs_in_words(self, device: torch.device) -> str:
+        """What computes the loss on this device, for the log."""
 
     def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
         """FLOPs of a training step on a token of a model of this shape, the teacher's included."""
@@ -47,6 +55,13 @@ class LanguageModelObjective:
         self.head = head
         self.sum_names = head.sum_names(with_teacher=False)
 
+    @property
+    def in_words(self) -> str:
+        return CROSS_ENTROPY
+
+    def runs_in_words(self, device: torch.device) -> str:
+        return self.head.runs_in_words(device, with_teacher=False)
+
     def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
         return 3 * arch.flops_per_token(seq_length)
 
@@ -59,7 +74,7 @@ class LanguageModelObjective:
 
 
 class DistillationObjective:
-    """Forward KL from the teacher's distribution to the student's, mixed with cross-entropy when asked.
+    """The student's divergence from the teacher, forward KL where none is named, mixed with cross-entropy when asked.
 
     `window` bounds how many micro-batches' teacher states wait on the last stage of a pipeline (0: all); without a
     pipeline the teacher runs just before each micro-batch.
@@ -70,6 +85,13 @@ class DistillationObjective:
         self.teacher = teacher
         self.window = window if teacher.groups.pp is not None else 0
         self.sum_names = head.sum_names(with_teacher=True)
+
+    @property
+    def in_words(self) -> str:
+        return self.head.in_words
+
+    def runs_in_words(self, device: torch.device) -> str:
+        return self.head.runs_in_words(device, with_teacher=True)
 
     def flops_per_token(self, arch: ModelArch, seq_length: int) -> float:
         return 3 * arch.flops_per_token(seq_length) + self.teacher.arch.flops_per_token(seq_length)
@@ -93,7 +115,7 @@ def _in_order(x_BS: Tensor) -> Tensor:
 
 
 def batch_sums(
-    model: Any, batches: list[Batch], objective: Objective, *, groups: Groups, train: bool
+    model: ModelChunks, batches: list[Batch], objective: Objective, *, groups: Groups, train: bool
 ) -> dict[str, float]:
     """The objective's sums over a whole global batch, known on every rank; gradients accumulate when `train`.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_nemo.config.schema import OptimConfig
-from minitron_nemo.engine.model import BuildOptions, HeadlessGPT
+from minitron_nemo.engine.model import BuildOptions, ModelChunks
 from minitron_nemo.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 
 
@@ -27,20 +27,21 @@ class Position:
 class TrainState:
     """The wrapped model, its optimizer, the learning-rate schedule and the position in the data."""
 
-    model: Any
+    model: ModelChunks
     optimizer: Any
     schedule: Any
     position: Position = field(default_factory=Position)
 
     @classmethod
-    def start(cls, model: HeadlessGPT, optim: OptimConfig, *, max_steps: int, options: BuildOptions) -> "TrainState":
+    def start(cls, model: ModelChunks, optim: OptimConfig, *, max_steps: int, options: BuildOptions) -> "TrainState":
         """The state before the first step of a model whose weights are loaded."""
         wrapped = wrap_data_parallel(model, options)
         optimizer = build_optimizer(wrapped, optim, distributed_optimizer=options.distributed_optimizer)
         return cls(wrapped, optimizer, build_schedule(optimizer, optim, max_steps=max_steps))
 
     def zero_gradients(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
 
     def step(self) -> float:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.config.schema import OptimConfig, TrainingConfig
 from minitron_nemo.distillation.teacher import Teacher
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.errors import UserError
@@ -43,7 +44,7 @@ MICRO = TRAINING.micro_batch_size
 VALIDATED = TRAINING.limit_val_batches * TRAINING.global_batch_size
 # What is minimized: the weight of the divergence, that of the cross-entropy, and the temperature.
 OBJECTIVES = {"cross-entropy": (0.0, 1.0, 1.0), "distillation": (2.1, 0.9, 2.0)}
-CHECKED = {"alone": ALONE, "dp2": LAYOUTS["dp2"], "tp2": LAYOUTS["tp2"]}
+CHECKED = {"alone": ALONE, "dp2": LAYOUTS["dp2"], "tp2": LAYOUTS["tp2"], "cp2": Layout(cp=2)}
 
 
 def objective_of(name: str, world: World, options: BuildOptions):

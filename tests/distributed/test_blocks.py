@@ -24,6 +24,7 @@ from minitron_nemo.evaluation.removal import TextSums, log_likelihoods
 from minitron_nemo.importance.blocks import blocks_of, layer_evaluations
 from minitron_nemo.importance.hooks import listening
 from minitron_nemo.losses.lm_head import HeadLoss
+from minitron_nemo.steps.kept_sums import KeptSums
 from minitron_nemo.steps.score_blocks import score_blocks
 from minitron_nemo.testing import ALONE, LAYOUTS, run_layout
 
@@ -60,11 +61,11 @@ def probe(groups, path, folder):
     """Layers evaluated by all stages for one micro-batch, and the log-likelihoods of some requests."""
     model = load_model(path, groups)
     runs, blocks = RemovalRuns(model), blocks_of(LAYERS, LENGTHS)
-    before = list(model.decoder.layers)
+    before = list(model[0].decoder.layers)
     requests = task_runs(path, folder)["arc"].requests[:3]
     head = HeadLoss(vocab_size=131, chunk_tokens=4, group=groups.tp)
     found = log_likelihoods(runs, requests, blocks=blocks, head=head, groups=groups)
-    assert list(model.decoder.layers) == before
+    assert list(model[0].decoder.layers) == before
     return groups.share_json([groups.is_last_stage, runs.evaluations, found.tolist()])
 
 
@@ -254,9 +255,13 @@ def stopped_here(groups, path, folder, kept, *, stop_at):
     RemovalRuns.run = run
     try:
         scores = score_blocks(
-            open_nemo(path).weights, samples(), options=BuildOptions(groups=groups), lengths=[2], partial=kept,
-            tasks={"wino": task_runs(path, folder)["winogrande"]}, fingerprint="f",
-        )  # fmt: skip
+            open_nemo(path).weights,
+            samples(),
+            options=BuildOptions(groups=groups),
+            lengths=[2],
+            tasks={"wino": task_runs(path, folder)["winogrande"]},
+            kept=KeptSums(kept, "f"),
+        )
     except InterruptedError:
         scores = None
     finally:

@@ -5,23 +5,32 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from divergence_formulas import CASES as DIVERGENCES
+from divergence_formulas import formula
 from torch import Tensor
 from torch.nn import functional
 
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.losses.divergences.forward_kl import ForwardKL
+from minitron_nemo.losses.divergences.jensen_shannon import JensenShannon
+from minitron_nemo.losses.divergences.top_k_kl import TopKKL
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.testing import run_layout
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 23, 37, 8, 12
 # 48 rows over two ranks; 64 over four, of which the last holds nothing but padding.
 ROWS = {2: 24, 4: 16}
-CASES = [  # temperature, weight of the divergence, weight of the cross-entropy, tokens in a chunk, teacher
-    (1.0, 1.0, 0.0, 1000, True),
-    (0.5, 1.0, 0.0, 7, True),
-    (2.0, 0.7, 0.3, 7, True),
-    (1.0, 0.0, 1.0, 5, True),
-    (1.0, 0.0, 1.0, 1000, False),
+FORWARD = ForwardKL()
+CASES = [  # temperature, weight of the divergence, weight of the cross-entropy, tokens in a chunk, divergence
+    (1.0, 1.0, 0.0, 1000, FORWARD),
+    (0.5, 1.0, 0.0, 7, FORWARD),
+    (2.0, 0.7, 0.3, 7, FORWARD),
+    (1.0, 0.0, 1.0, 5, FORWARD),
+    (1.0, 0.0, 1.0, 1000, None),
+    *[(2.0 if other.tempered else 1.0, 0.7, 0.3, 7, other) for other in DIVERGENCES if other != FORWARD],
+    (0.25, 1.0, 0.0, 1000, JensenShannon()),
+    (1.0, 1.0, 0.0, 5, TopKKL(top_k=1000)),
 ]
 
 
@@ -43,14 +52,14 @@ def problem() -> dict[str, Tensor]:
 
 def reference(case) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of the hidden states, gradient of the head) by torch's own losses in float64."""
-    tau, kl_weight, ce_weight, _, has_teacher = case
+    tau, kl_weight, ce_weight, _, divergence = case
     p = {name: t.double() if t.is_floating_point() else t for name, t in problem().items()}
     x, w = p["x"].requires_grad_(), p["w"].requires_grad_()
     logits = x @ w.T
     loss = ce_weight * functional.cross_entropy(logits, p["labels"], reduction="none")
-    if has_teacher:
-        student, teacher = (functional.log_softmax(t / tau, dim=1) for t in (logits, p["tx"] @ p["tw"].T))
-        loss = loss + kl_weight * tau**2 * functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    if divergence is not None:
+        scale = kl_weight * (tau**2 if divergence.tempered else 1.0)
+        loss = loss + scale * formula(logits, p["tx"] @ p["tw"].T, divergence, tau=tau)
     loss = (loss * p["mask"]).sum()
     loss.backward()
     return loss.detach(), x.grad, w.grad
@@ -75,12 +84,12 @@ def solve(groups: Groups) -> list[dict]:
         return original(*args, **kwargs)
 
     answers = []
-    for tau, kl_weight, ce_weight, chunk, has_teacher in CASES:
+    for tau, kl_weight, ce_weight, chunk, divergence in CASES:
         p = problem()
         x, w = p["x"].requires_grad_(), rows_of_rank(p["w"], groups).requires_grad_()
-        teacher = (p["tx"], rows_of_rank(p["tw"], groups)) if has_teacher else None
+        teacher = (p["tx"], rows_of_rank(p["tw"], groups)) if divergence is not None else None
         head = HeadLoss(vocab_size=VOCAB, kl_weight=kl_weight, cross_entropy_weight=ce_weight, temperature=tau,
-                        chunk_tokens=chunk, group=groups.tp)  # fmt: skip
+                        chunk_tokens=chunk, group=groups.tp, divergence=divergence or FORWARD)  # fmt: skip
         calls, dist.all_gather = 0, counting
         output = head((x, w), teacher, labels_N=p["labels"], mask_N=p["mask"])
         output.total.backward()
@@ -111,8 +120,10 @@ def test_vocabulary_parallel_loss_is_exact(ranks):
         torch.testing.assert_close(gradient[:VOCAB], dw, rtol=1e-4, atol=5e-5)
         assert gradient[VOCAB:].abs().max() == 0, "padding rows have no gradient"
         assert all(values == answer["values"][0] for values in answer["values"]), f"{case}: ranks differ in some bit"
-        chunks = math.ceil(TOKENS / case[3])
-        assert answer["collectives"] == [chunks] * ranks, f"{case}: one collective for each of {chunks} chunks"
+        calls = math.ceil(TOKENS / case[3]) + getattr(case[4], "knows_whole", False)
+        assert answer["collectives"] == [calls] * ranks, (
+            f"{case}: one for each chunk, and one more for all in two turns"
+        )
 
 
 def near_teacher() -> tuple[Tensor, Tensor, Tensor]:

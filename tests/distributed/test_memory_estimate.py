@@ -7,13 +7,14 @@ import torch
 from layouts import load_model, samples
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.config.parallel import Recompute
 from minitron_nemo.config.schema import Accelerator, Config, OptimConfig, TrainingConfig
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.losses.lm_head import HeadLoss
-from minitron_nemo.steps.memory import CONTEXTS, TOLERANCE, Stages, stage_memory, training_memory
+from minitron_nemo.steps.memory import CONTEXTS, TOLERANCE, Stages, kept_by_stage, stage_memory, training_memory
 from minitron_nemo.testing import ALONE, LLAMA, MISTRAL, NEMOTRON, random_nemo, run_layout
 from minitron_nemo.training.objectives import LanguageModelObjective, batch_sums
 from minitron_nemo.training.state import TrainState
@@ -24,14 +25,13 @@ MODELS = {name: dataclasses.replace(arch, num_layers=3) for name, arch in
 LAYOUTS = {"alone": ALONE, "tp2_sp": Layout(tp=2, sequence_parallel=True), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
 
 
-def config_of(layout: Layout, *, recompute: bool = False) -> tuple[Config, TrainingConfig]:
+def config_of(layout: Layout) -> tuple[Config, TrainingConfig]:
     config = Config(name="memory", run_dir="unused")
     config.trainer.devices, config.trainer.accelerator = layout.world_size, Accelerator.cpu
     config.parallel.tensor_model_parallel_size = layout.tp
     config.parallel.pipeline_model_parallel_size = layout.pp
     config.parallel.sequence_parallel = layout.sequence_parallel
     config.parallel.use_distributed_optimizer = False
-    config.parallel.recompute_activations = recompute
     config.data.seq_length = SEQ
     return config, TrainingConfig(global_batch_size=4 * MICRO * layout.dp, micro_batch_size=MICRO)
 
@@ -68,23 +68,32 @@ def test_weights_gradients_and_optimizer_are_exact_on_every_rank(layout, model, 
         assert {name: estimate[name] for name in rank} == rank
 
 
-def kept_bytes(groups: Groups, path) -> int:
-    """What the layers keep of one micro-batch for its backward pass, parameters and the model's tables left out."""
+def kept_bytes(groups: Groups, path, recomputes: tuple[Recompute, ...]) -> list[int]:
+    """For each recomputation what the layers keep of one micro-batch for its backward pass, on the first rank."""
+    return [_kept_bytes(groups, path, recompute) for recompute in recomputes]
+
+
+def _kept_bytes(groups: Groups, path, recompute: Recompute) -> int:
+    """Parameters and the model's tables are left out."""
     source = open_nemo(path)
-    model = build_model(source.arch, BuildOptions(groups=groups))
+    model = build_model(source.arch, BuildOptions(groups=groups, recompute=recompute))
     load_weights(model, source.weights, groups)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in own and storage.nbytes() >= MICRO * SEQ * 48:
+        if (
+            tensor.is_floating_point()
+            and storage.data_ptr() not in own
+            and storage.nbytes() >= MICRO * SEQ // groups.layout.cp * 48
+        ):
             kept[storage.data_ptr()] = storage
         return tensor
 
-    tokens = samples(source.arch, first=0, count=MICRO, seq_length=SEQ)["tokens"]
+    tokens = samples(source.arch, first=0, count=MICRO, seq_length=SEQ)["tokens"][:, : SEQ // groups.layout.cp]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(tokens, torch.arange(SEQ).expand_as(tokens), None)
+        output = model[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     held = sum(storage.nbytes() for storage in kept.values())
     return held if output.requires_grad else 0
 
@@ -94,9 +103,29 @@ def test_activations_are_good_to_the_stated_tolerance(model, tmp_path):
     arch = dataclasses.replace(MODELS[model], num_layers=6)
     config, training = config_of(ALONE)
     path = random_nemo(tmp_path / "m.nemo", arch).path
-    measured = run_layout(kept_bytes, ALONE, path)
+    (measured,) = run_layout(kept_bytes, ALONE, path, RECOMPUTES[:1])
     estimate = stage_memory(config, training, 0, student=arch, teacher=None)["activations"]
     assert estimate == pytest.approx(measured, rel=TOLERANCE)
+
+
+RECOMPUTES = (
+    Recompute(),
+    Recompute("selective", modules=("core_attn",)),
+    Recompute("selective", modules=("mlp",)),
+    Recompute("full", "uniform", 2),
+    Recompute("full", "block", 4),
+)
+
+
+def test_activations_of_part_of_a_sequence_and_what_recomputation_saves_are_too(tmp_path):
+    arch, layers = dataclasses.replace(MODELS["llama"], num_layers=6), 6
+    path = random_nemo(tmp_path / "m.nemo", arch).path
+    measured = run_layout(kept_bytes, Layout(cp=2), path, RECOMPUTES)
+    for recompute, kept in zip(RECOMPUTES, measured, strict=True):
+        estimate = 4 * MICRO * SEQ // 2 * kept_by_stage(Stages.of(arch, Layout(cp=2), None), 0, 4, recompute=recompute)
+        # And of one unit at a time what is computed again.
+        again = (measured[0] - kept) / layers * (recompute.num_layers if recompute.method == "uniform" else 1)
+        assert estimate == pytest.approx(kept + again, rel=TOLERANCE), recompute
 
 
 def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages():

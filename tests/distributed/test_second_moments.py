@@ -10,7 +10,7 @@ from minitron_nemo.engine.schedule import forward_hidden
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.hooks import listening
 from minitron_nemo.importance.second_moments import FILE, SecondMomentFile, listening_to_second_moments, shapes
-from minitron_nemo.steps.estimate import Estimated
+from minitron_nemo.steps.score_folders import Estimated
 from minitron_nemo.testing import ALONE, LAYOUTS, TINY, random_batch, random_nemo, run_layout
 
 FAMILIES = ("llama", "nemotron")  # both norms, both activations
@@ -32,7 +32,8 @@ def gather(groups, models, folder):
         ):
             for tokens in tokens_of(arch).chunk(groups.layout.dp)[groups.dp_rank].split(2):
                 forward_hidden(model, [{"tokens": tokens}])
-        Estimated(statistics.finish(), moments).write(folder / name if groups.is_main else None)
+        found = Estimated(statistics.sums(), "l2", second_moments=moments.tensors)
+        found.write(folder / name if groups.is_main else None)
 
 
 @pytest.fixture(scope="module")

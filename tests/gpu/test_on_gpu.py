@@ -6,6 +6,10 @@ import torch
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.distributed.launch import run_on_ranks
 from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.losses.divergences.forward_kl import ForwardKL
+from minitron_nemo.losses.divergences.jensen_shannon import JensenShannon
+from minitron_nemo.losses.divergences.top_k_kl import TopKKL
+from minitron_nemo.losses.kernels.choice import kernel_for
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.testing import TINY, random_batch, random_nemo
 
@@ -41,14 +45,18 @@ def test_hidden_states_on_gpu_equal_those_on_cpu(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_loss_on_gpu_equals_that_on_cpu(dtype):
+@pytest.mark.parametrize("divergence", [ForwardKL(), JensenShannon(), TopKKL(top_k=20)], ids=str)
+def test_head_loss_on_gpu_equals_that_on_cpu(divergence, dtype):
+    """Forward KL by the kernels of Triton, the head's gradient by a product of bf16 matrices into float32."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = ([torch.randn(n, 64, generator=generator).to(dtype) / 4 for n in (50, 999)] for _ in range(2))
     labels, mask = torch.arange(50), torch.ones(50)
     results = []
     for device in ("cpu", "cuda"):
         x, w = (tensor.to(device).requires_grad_() for tensor in student)
-        head = HeadLoss(vocab_size=999, chunk_tokens=16)
+        head = HeadLoss(vocab_size=990, chunk_tokens=16, divergence=divergence, temperature=2.0,
+                        cross_entropy_weight=0.3)  # fmt: skip
+        assert kernel_for(torch.device(device)).in_words == ("Triton" if device == "cuda" else "torch")
         beside = tuple(t.to(device) for t in teacher)
         loss = head((x, w), beside, labels_N=labels.to(device), mask_N=mask.to(device)).total
         loss.backward()

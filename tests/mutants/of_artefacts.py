@@ -119,8 +119,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/config/schema.py",
         "the temperature is not in the fingerprint",
-        find='"divides both logits in the KL",',
-        replace='"divides both logits in the KL", how_it_runs=True,',
+        find='"divides both logits in divergences between distributions",',
+        replace='"divides both logits in divergences between distributions", how_it_runs=True,',
         tests=FINGERPRINT,
     ),
     Fault(

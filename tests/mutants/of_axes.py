@@ -197,4 +197,25 @@ FAULTS = [
         replace="",
         tests=TEST_ROUNDS,
     ),
+    Fault(
+        "minitron_nemo/steps/inputs.py",
+        "a teacher with more words is cut to its first ones",
+        find="of_words(reference.arch, kept)",
+        replace="of_words(reference.arch, tuple(range(len(kept))))",
+        tests="tests/recipes/test_prune_vocabulary.py -k 'stay_the_whole_model and 1'",
+    ),
+    Fault(
+        PRUNE_TOKENIZER,
+        "a student's merges may be other ones than its teacher's",
+        find='if made != {"added_tokens": [], **read_json_object(fewer / "tokenizer.json")}:',
+        replace="if False:",
+        tests="tests/recipes/test_prune_vocabulary.py -k remerged",
+    ),
+    Fault(
+        PRUNE_TOKENIZER,
+        "words that the teacher does not know are taken for its last one",
+        find="if min(kept) < 0 or kept != sorted(set(kept)):",
+        replace="if False:",
+        tests="tests/recipes/test_prune_vocabulary.py -k foreign",
+    ),
 ]

@@ -8,7 +8,7 @@ BLOCKS = "minitron_nemo/importance/blocks.py"
 MEASURED = "minitron_nemo/evaluation/removal.py"
 TASKS = "minitron_nemo/data/tasks.py"
 STEP = "minitron_nemo/steps/score_blocks.py"
-PARTIAL = "minitron_nemo/steps/partial.py"
+ROUNDS = "minitron_nemo/steps/rounds.py"
 DEPTH = "minitron_nemo/steps/depth.py"
 TEST_FOLDER = "tests/unit/test_blocks_folder.py"
 TEST_TASKS = "tests/unit/test_tasks.py"
@@ -94,7 +94,7 @@ FAULTS = [
         tests=MEASURED_IN.format("alone"),
     ),
     Fault(
-        PARTIAL,
+        ROUNDS,
         "every data-parallel rank scores the same choices",
         find="first = start + self.groups.dp_rank * size",
         replace="first = start",
@@ -153,18 +153,32 @@ FAULTS = [
         tests=f"{TEST_RECIPE} -k alone",
     ),
     Fault(
-        PARTIAL,
+        ROUNDS,
         "a stopped search begins again with its sums",
         find="range(done, count, size * self.groups.layout.dp)",
         replace="range(0, count, size * self.groups.layout.dp)",
-        tests="tests/unit/test_partial.py",
+        tests="tests/unit/test_rounds.py",
     ),
     Fault(
-        PARTIAL,
-        "the sums of another search are gone on from",
-        find='if record.get("fingerprint") != self.fingerprint:',
-        replace="if False:",
-        tests="tests/unit/test_partial.py",
+        ROUNDS,
+        "the sums of another part of a search are gone on from",
+        find="self.kept.of_part(part).newest(self.groups)",
+        replace="self.kept.newest(self.groups)",
+        tests="tests/unit/test_rounds.py",
+    ),
+    Fault(
+        "minitron_nemo/steps/planning.py",
+        "importance is asked for where blocks choose the layers",
+        find="if target.drop_by or target.drop_layers else",
+        replace="if target.drop_layers else",
+        tests=f"{TEST_RECIPE} -k best_block",
+    ),
+    Fault(
+        "minitron_nemo/steps/planning.py",
+        "a budget that takes layers needs no importance",
+        find="shrunk |= set(target.budget.axes)",
+        replace="shrunk |= set()",
+        tests=f"{TEST_RECIPE} -k asked_for",
     ),
     Fault(
         COSINE,

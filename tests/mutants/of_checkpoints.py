@@ -5,6 +5,9 @@ from mutants.fault import Fault
 GEOMETRY = "minitron_nemo/checkpoint/geometry.py"
 WEIGHTS = "minitron_nemo/checkpoint/torch_dist_weights.py"
 HF_CONFIG = "minitron_nemo/checkpoint/formats/hf_config.py"
+HASHED = "minitron_nemo/checkpoint/hashed_files.py"
+TEST_HASHED = "tests/unit/test_hashed_files.py"
+TEST_BUFFERS = "tests/unit/test_buffers.py"
 TEST_TORCH_DIST = "tests/unit/test_torch_dist.py"
 TEST_HF = "tests/unit/test_hf_tensors.py"
 TEST_HF_CONFIG = "tests/unit/test_hf_config.py"
@@ -33,11 +36,102 @@ FAULTS = [
         tests=f"{TEST_TORCH_DIST} tests/unit/test_geometry.py -k 'gap or cover'",
     ),
     Fault(
-        "minitron_nemo/checkpoint/torch_dist.py",
+        HASHED,
         "the hash of a written file is that of nothing",
-        find="self.sha256.update(data)",
+        find="hashing = self._sha256.add(data)",
+        replace="hashing = self._sha256.add(data[:0])",
+        tests=f"{TEST_TORCH_DIST} {TEST_HASHED} -k hashe",
+    ),
+    Fault(
+        HASHED,
+        "a file that was read and is damaged passes",
+        find="if self._digest.hexdigest() != self.sha256:",
+        replace="if False:",
+        tests=f"{TEST_HASHED} -k flipped",
+    ),
+    Fault(
+        HASHED,
+        "bytes that nobody asked for are not hashed",
+        find="        while self._hashed < position:",
+        replace="        while False:",
+        tests=f"{TEST_HASHED} -k any_order",
+    ),
+    Fault(
+        HASHED,
+        "bytes that were read once are hashed again",
+        find="known = min(max(self._hashed - position, 0), len(target))",
+        replace="known = 0",
+        tests=f"{TEST_HASHED} -k any_order",
+    ),
+    Fault(
+        HASHED,
+        "the end of a file is not looked at",
+        find="self._pass(file, os.fstat(file.fileno()).st_size)",
         replace="pass",
-        tests=f"{TEST_TORCH_DIST} -k hashes",
+        tests=f"{TEST_HASHED} -k any_order",
+    ),
+    Fault(
+        HASHED,
+        "a kernel that cannot pass by its page cache ends the step",
+        find="if not uncached or error.errno != errno.EOPNOTSUPP:",
+        replace="if True:",
+        tests=f"{TEST_HASHED} -k kernel",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/source.py",
+        "a stream ends well whoever wrote its weights",
+        find="        raise\n    source.verify()",
+        replace="        raise",
+        tests=f"{TEST_HASHED} -k flipped_byte_of_the_weights",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/source.py",
+        "what damage led to hides the damage",
+        find="source.verify()  # that a file is damaged says more than what it was refused for",
+        replace="pass",
+        tests=f"{TEST_HASHED} -k flipped_byte_of_the_weights",
+    ),
+    Fault(
+        "minitron_nemo/pruning/cut.py",
+        "nobody vouches for what is cut",
+        find="super().__init__(plan.target, made_of=source)",
+        replace="super().__init__(plan.target)",
+        tests=f"{TEST_HASHED} -k flipped_byte_of_the_weights",
+    ),
+    Fault(
+        "minitron_nemo/pruning/repairs/sources.py",
+        "nobody vouches for what is repaired",
+        find="super().__init__(plan.target, made_of=inner)",
+        replace="super().__init__(plan.target)",
+        tests="tests/unit/test_repairs.py -k vouches",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/formats/nemo.py",
+        "of what is hashed while it is read all other files go unhashed",
+        find='verify_files(path, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
+        replace="verify_files(path, manifest, leave=manifest.files)",
+        tests=f"{TEST_HASHED} -k any_other_file",
+    ),
+    Fault(
+        "minitron_nemo/steps/inputs.py",
+        "a step that streams its model does not verify it",
+        find="return open_nemo(str(path), verify_while_read=True)",
+        replace="return open_nemo(str(path))",
+        tests="tests/recipes/test_command_line.py -k 'bad_input and flipped'",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/buffers.py",
+        "memory of a tensor that lives is given to another",
+        find="weakref.finalize(lent, _give_back, memory)",
+        replace="_give_back(memory)",
+        tests=f"{TEST_BUFFERS} -k holds",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/buffers.py",
+        "memory is kept after the last stream",
+        find="            _spare.clear()",
+        replace="            pass",
+        tests=f"{TEST_BUFFERS} -k none_after",
     ),
     Fault(
         "minitron_nemo/checkpoint/torch_dist.py",
@@ -119,8 +213,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/formats/nemo.py",
         "damaged weights pass verification",
-        find="(verify_files if verify else check_sizes)",
-        replace="check_sizes",
+        find="if verify or verify_while_read:",
+        replace="if verify_while_read:",
         tests=f"{TEST_NEMO} -k flipped",
     ),
     Fault(

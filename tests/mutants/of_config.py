@@ -54,14 +54,14 @@ FAULTS = [
     Fault(
         LAYOUT,
         "ranks that no pipeline has are counted",
-        find="if ranks < 1 or ranks % (tp * pp):",
+        find="if ranks < 1 or ranks % (tp * pp * cp):",
         replace="if ranks < 1 or ranks % tp:",
         tests=f"{TEST_LAYOUT} {TEST_CONFIG} -k 'leave_is_data or does_not_divide or cannot_be'",
     ),
     Fault(
         LAYOUT,
         "sequence parallel ranks need not share a sequence evenly",
-        find="if self.sequence_parallel and seq_length % self.tp:",
+        find="if self.sequence_parallel and (seq_length // self.cp) % self.tp:",
         replace="if False:",
         tests=f"{TEST_LAYOUT} -k sequence",
     ),
@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         RULES,
         "nothing need be minimized",
-        find="if config.distill.kl_weight == config.distill.cross_entropy_weight == 0:",
+        find="if distill.kl_weight == distill.cross_entropy_weight == 0:",
         replace="if False:",
         tests=f"{TEST_CONFIG} -k bad_input",
     ),

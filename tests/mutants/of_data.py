@@ -144,15 +144,15 @@ FAULTS = [
     Fault(
         "minitron_nemo/engine/attention.py",
         "documents that are kept apart see those before them",
-        find="is_later_SS | is_other_BSS",
-        replace="is_later_SS | (is_other_BSS & is_later_SS)",
+        find="| is_other_BTS)[:, None]",
+        replace="| (is_other_BTS & False))[:, None]",
         tests="tests/distributed/test_logits.py -k 'apart and alone'",
     ),
     Fault(
         "minitron_nemo/engine/attention.py",
         "documents that are kept apart see what comes later",
-        find="is_later_SS | is_other_BSS",
-        replace="is_other_BSS",
+        find="(later(positions_T, documents_BS.shape[1]) | is_other_BTS)",
+        replace="is_other_BTS",
         tests="tests/distributed/test_logits.py -k 'apart and alone'",
     ),
     *(

@@ -11,6 +11,10 @@ GRADIENTS = "minitron_nemo/importance/gradient_sites.py"
 TEST_FORMULAS = "tests/distributed/test_criteria.py -k formula"
 TEST_LAYOUTS = "tests/distributed/test_criteria.py -k 'every_layout and {}'"
 TEST_SUMS = "tests/unit/test_sums.py"
+MOMENTS = "minitron_nemo/importance/second_moments.py"
+ACCUMULATORS = "minitron_nemo/importance/accumulators.py"
+FOLDERS = "minitron_nemo/steps/score_folders.py"
+TEST_RECIPES = "tests/recipes/test_importance_recipes.py"
 TEST_RESUME = "tests/distributed/test_importance_resume.py"
 
 FAULTS = [
@@ -38,7 +42,7 @@ FAULTS = [
     Fault(
         SUMS,
         "sums for another criterion add up",
-        find="a.criteria.get(axis), b.criteria.get(axis)",
+        find="a.names.get(axis), b.names.get(axis)",
         replace="None, None",
         tests=TEST_SUMS,
     ),
@@ -82,7 +86,70 @@ FAULTS = [
         "sums of another estimate are gone on from",
         find="if manifest.fingerprint == self.fingerprint:",
         replace="if True:",
+        tests="tests/unit/test_rounds.py",
+    ),
+    Fault(
+        KEPT,
+        "sums of one part are those of another whose name begins alike",
+        find='f"{glob.escape(self.part)}_" + "[0-9]" * DIGITS',
+        replace='f"{self.part}_*"',
+        tests="tests/unit/test_rounds.py -k apart",
+    ),
+    Fault(
+        MOMENTS,
+        "a run that goes on forgets the tokens of its second moments",
+        find="int(file.tokens))",
+        replace="0)",
         tests=TEST_RESUME,
+    ),
+    Fault(
+        MOMENTS,
+        "every tensor-parallel rank goes on from the units of the first",
+        find="first = width * self.groups.tp_rank if shards else 0",
+        replace="first = 0",
+        tests=f"{TEST_RESUME} -k another_layout",
+    ),
+    Fault(
+        ACCUMULATORS,
+        "every slice of a sequence begins with the whole second moments",
+        find="if self.groups.dp_rank > 0 or self.groups.cp_rank > 0 or (slices and self.groups.tp_rank > 0):",
+        replace="if self.groups.dp_rank > 0 or self.groups.cp_rank > 0:",
+        tests=f"{TEST_RESUME} -k another_layout",
+    ),
+    Fault(
+        ACCUMULATORS,
+        "every data-parallel rank begins with the whole second moments",
+        find="if self.groups.dp_rank > 0 or self.groups.cp_rank > 0 or (slices and self.groups.tp_rank > 0):",
+        replace="if self.groups.cp_rank > 0 or (slices and self.groups.tp_rank > 0):",
+        tests=f"{TEST_RESUME} -k newest",
+    ),
+    Fault(
+        ESTIMATE,
+        "second moments are kept in float32",
+        find="partial(found.write_sums, dtype=torch.float64)",
+        replace="partial(found.write_sums, dtype=torch.float32)",
+        tests=f"{TEST_RESUME} -k 'newest or asked'",
+    ),
+    Fault(
+        MOMENTS,
+        "of several jobs the second moments of the first are taken",
+        find="total += other.read(name)",
+        replace="total += 0 * other.read(name)",
+        tests=TEST_RECIPES,
+    ),
+    Fault(
+        FOLDERS,
+        "the text of any job is taken for the beginning of the set",
+        find="earliest = min(folders, key=",
+        replace="earliest = max(folders, key=",
+        tests=TEST_RECIPES,
+    ),
+    Fault(
+        FOLDERS,
+        "second moments of some jobs pass for those of all",
+        find="if missing := [folder for folder in folders if folder not in there]:",
+        replace="if (missing := [folder for folder in folders if folder not in there]) and not there:",
+        tests=TEST_RECIPES,
     ),
     Fault(
         CRITERIA,

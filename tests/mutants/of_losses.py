@@ -3,6 +3,8 @@
 from mutants.fault import Fault
 
 HEAD = "minitron_nemo/losses/lm_head.py"
+SOFTMAXES = "minitron_nemo/losses/softmaxes.py"
+TORCH_KERNEL = "minitron_nemo/losses/kernels/torch_kernel.py"
 OBJECTIVES = "minitron_nemo/training/objectives.py"
 MODEL = "minitron_nemo/engine/model.py"
 SCHEDULE = "minitron_nemo/engine/schedule.py"
@@ -16,15 +18,15 @@ FAULTS = [
     Fault(
         HEAD,
         "the divergence is not multiplied by the temperature squared",
-        find="self.kl_weight * self.temperature**2 * forward_kl",
-        replace="self.kl_weight * forward_kl",
+        find="(self.temperature**2 if self.divergence.tempered else 1.0)",
+        replace="1.0",
         tests=TEST_HEAD,
     ),
     Fault(
-        HEAD,
+        SOFTMAXES,
         "the gradient of the divergence lacks the temperature",
-        find="weight_N = self.spec.kl_weight * tau * mask_N",
-        replace="weight_N = self.spec.kl_weight * mask_N",
+        find="weight_N = kl_weight * tau * mask_N",
+        replace="weight_N = kl_weight * mask_N",
         tests=TEST_HEAD,
     ),
     Fault(
@@ -37,35 +39,35 @@ FAULTS = [
     Fault(
         HEAD,
         "masked tokens have a gradient",
-        find="self.spec.kl_weight * tau * mask_N",
-        replace="self.spec.kl_weight * tau * torch.ones_like(mask_N)",
+        find="(spec, whole, mask_N, kl_weight=spec.kl_weight)",
+        replace="(spec, whole, torch.ones_like(mask_N), kl_weight=spec.kl_weight)",
         tests=f"{TEST_HEAD} -k masked",
     ),
     Fault(
-        HEAD,
+        TORCH_KERNEL,
         "rows that pad the vocabulary can be chosen",
-        find="logits_NV[:, max(0, spec.vocab_size - first_row) :] = _NEVER",
+        find="logits_NV[:, valid:] = NEVER",
         replace="pass",
         tests=f"{TEST_HEAD} -k padding",
     ),
     Fault(
-        HEAD,
+        TORCH_KERNEL,
         "the divergence has the wrong sign",
-        find="difference = t_NV.sub_(s_NV)",
-        replace="difference = t_NV.neg_().add_(s_NV)",
+        find="difference_NV = t_NV - s_NV",
+        replace="difference_NV = s_NV - t_NV",
         tests=TEST_HEAD,
     ),
     Fault(
-        HEAD,
+        SOFTMAXES,
         "the label's part of the gradient ignores the weight of the cross-entropy",
-        find="at_label_N1 - weight_1_N[:, None]",
-        replace="at_label_N1 - mask_N[:, None]",
+        find="weight_1 = cross_entropy_weight * mask_N",
+        replace="weight_1 = mask_N",
         tests=TEST_HEAD,
     ),
     Fault(
-        HEAD,
+        TORCH_KERNEL,
         "under tensor parallelism the best token of a part is not counted over the whole vocabulary",
-        find="best_s + self.first_row",
+        find="best_s + first_row",
         replace="best_s",
         tests="tests/distributed/test_head_vocab_parallel.py -k most_likely",
     ),
@@ -86,7 +88,7 @@ FAULTS = [
     Fault(
         "minitron_nemo/distributed/groups.py",
         "sums are those of one data-parallel rank",
-        find="dist.all_reduce(total, group=self.dp)",
+        find="dist.all_reduce(total, group=self.batch)",
         replace="pass",
         tests="tests/distributed/test_against_torch.py -k dp2",
     ),
@@ -161,10 +163,10 @@ FAULTS = [
         tests=f"{TEST_HEAD} -k no_gradient",
     ),
     Fault(
-        HEAD,
+        TORCH_KERNEL,
         "the student's probabilities at a temperature are those at 1",
-        find="self.exp_s_NV = (exp_NV / tau).exp_()",
-        replace="self.exp_s_NV = exp_NV.exp()",
+        find="s_NV.div_(self.tau).exp_()",
+        replace="s_NV.exp_()",
         tests=TEST_HEAD,
     ),
     Fault(

@@ -21,6 +21,34 @@ SCORES_IN = "tests/distributed/test_importance_layouts.py -k 'scores_and_kept an
 FAULTS = [
     Fault(
         ESTIMATORS,
+        "over the samples the mean takes signed values",
+        find="torch.stack((torch.ones_like(x), x.abs(), x, x * x))",
+        replace="torch.stack((torch.ones_like(x), x, x, x * x))",
+        tests=TEST_ESTIMATORS,
+    ),
+    Fault(
+        "minitron_nemo/pruning/proof.py",
+        "the proof takes the words of the text for those of the student",
+        find="rows.append(torch.searchsorted(words, kept))",
+        replace="rows.append(kept)",
+        tests="tests/unit/test_proof.py -k words_that_went",
+    ),
+    Fault(
+        "minitron_nemo/pruning/proof.py",
+        "the proof never takes the text",
+        find="what = RANDOM if tokens_BS is None else CALIBRATION",
+        replace="tokens_BS, what = None, RANDOM",
+        tests="tests/unit/test_proof.py -k calibration_text",
+    ),
+    Fault(
+        "minitron_nemo/importance/calibration_text.py",
+        "text of another model's ids is taken",
+        find="int(tokens.max()) < vocab_size",
+        replace="int(tokens.max()) < 10**9",
+        tests="tests/unit/test_proof.py -k calibration_text",
+    ),
+    Fault(
+        ESTIMATORS,
         "the mean takes signed values",
         find="torch.abs(wide(), out=work).sum(dim=0)",
         replace="wide().sum(dim=0)",
@@ -107,7 +135,7 @@ FAULTS = [
     Fault(
         ACCUMULATORS,
         "slices of a sequence are aggregated before they are added",
-        find="m_MBU = merge(m_MBU, self.site.sequence, self.groups.sequence)",
+        find="m_MBU = self.whole_sequence(m_MBU)",
         replace="pass",
         tests=SCORES_IN.format("tp2_sp"),
     ),
@@ -192,7 +220,7 @@ FAULTS = [
     Fault(
         PACKING,
         "queries, keys and values are not packed by group",
-        find="return torch.cat(grouped, dim=1).reshape",
+        find="return torch.cat(grouped, dim=1, out=blocks).reshape",
         replace="return torch.cat([tensor.flatten(0, 1) for tensor in grouped]).reshape",
         tests=TEST_PACKING,
     ),

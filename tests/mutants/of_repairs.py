@@ -83,7 +83,7 @@ FAULTS = [
     Fault(
         "minitron_nemo/importance/accumulators.py",
         "slices of a sequence do not add up in second moments",
-        find="values = merge(self.values, self.site.sequence, self.groups.sequence)",
+        find="values = self.whole_sequence(self.values)",
         replace="values = self.values",
         tests="tests/distributed/test_second_moments.py -k tp2_sp",
     ),

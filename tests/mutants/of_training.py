@@ -13,6 +13,8 @@ RESUME = "tests/distributed/test_resume.py -k 'uninterrupted and alone'"
 RESUME_BF16 = "tests/distributed/test_resume_bf16.py"
 RIGHT_MODELS = "tests/recipes/test_right_models.py"
 TEST_CHECKPOINTS = "tests/unit/test_training_checkpoints.py"
+TRAFFIC = "minitron_nemo/steps/traffic.py"
+TEST_TRAFFIC = "tests/distributed/test_traffic.py"
 
 FAULTS = [
     Fault(
@@ -122,7 +124,7 @@ FAULTS = [
     Fault(
         STATE,
         "gradients of the step before are kept",
-        find="self.model.zero_grad_buffer()",
+        find="chunk.zero_grad_buffer()",
         replace="pass",
         tests=STEPS,
     ),
@@ -269,7 +271,7 @@ FAULTS = [
     Fault(
         OPTIMIZER,
         "what other ranks updated last is saved as it was before",
-        find="model.start_param_sync(force_sync=True)",
+        find="chunk.start_param_sync(force_sync=True)",
         replace="pass",
         tests="tests/distributed/test_resume.py -k whole_where",
     ),
@@ -279,5 +281,26 @@ FAULTS = [
         find="getattr(parallel, name) is False:",
         replace="False:",
         tests="tests/unit/test_config.py -k overlap",
+    ),
+    Fault(
+        TRAFFIC,
+        "what is recomputed is sent once",
+        find='(2 if again.method == "uniform" else 1)',
+        replace="1",
+        tests=f"{TEST_TRAFFIC} -k recomputed",
+    ),
+    Fault(
+        TRAFFIC,
+        "the inputs of a backward pass need no gathering",
+        find='_add(found, layout, "tp", ALL_GATHER, hidden * 2 * layers)',
+        replace="pass",
+        tests=f"{TEST_TRAFFIC} -k recomputed",
+    ),
+    Fault(
+        TRAFFIC,
+        "gradients are reduced in the precision of the weights",
+        find="REDUCE_SCATTER, 4 * parameters",
+        replace="REDUCE_SCATTER, 2 * parameters",
+        tests=f"{TEST_TRAFFIC} -k dp2",
     ),
 ]

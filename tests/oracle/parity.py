@@ -43,7 +43,7 @@ def estimate(groups, path, tokens_BS):
     arch = open_nemo(path).arch
     model, heard = load_model(path, groups).eval(), []
     hooks = [layer.self_attention.linear_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0].detach()))
-             for layer in model.decoder.layers]  # fmt: skip
+             for layer in model[0].decoder.layers]  # fmt: skip
     with listening(model, arch=arch, groups=groups) as statistics:
         forward_hidden(model, [{"tokens": tokens_BS}])
     for hook in hooks:

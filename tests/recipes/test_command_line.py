@@ -50,6 +50,11 @@ def place(tmp_path_factory):
     shutil.copytree(run / "teacher.nemo", run / "damaged.nemo")
     (shard,) = (run / "damaged.nemo" / "model_weights").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-100])
+    shutil.copytree(run / "corrected_teacher.nemo", run / "flipped.nemo")
+    (shard,) = (run / "flipped.nemo" / "model_weights").glob("*.distcp")
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
     shutil.copytree(run / "importance", run / "doubtful_importance")
     scores = run / "doubtful_importance" / "scores.safetensors"
     raw = bytearray(scores.read_bytes())
@@ -125,6 +130,10 @@ BAD_INPUT = [
     ("estimate_importance", ["estimate_importance.checkpoint={}/data"], "is a data artefact; a model"),
     ("evaluate", ["evaluate.checkpoint={notes}"], "is not a .nemo model folder"),
     ("export_hf", ["export_hf.checkpoint={notes}"], "is not a .nemo model folder"),
+    ("prune", ["prune.checkpoint={}/flipped.nemo", "prune.target.ffn_hidden_size=32", "overwrite=true"],
+     "flipped.nemo/model_weights/__0_0.distcp: damaged"),
+    ("export_hf", ["export_hf.checkpoint={}/flipped.nemo", "export_hf.output={}/wide_hf", "overwrite=true"],
+     "flipped.nemo/model_weights/__0_0.distcp: damaged"),
     ("import_hf", ["import_hf.source={notes}"], "is not a Hugging Face model folder"),
     ("import_hf", ["import_hf.source=nowhere"], "no such folder"),
     ("import_hf", [*WIDE, "import_hf.source={notes}/no_tokenizer"], "no tokenizer.json"),

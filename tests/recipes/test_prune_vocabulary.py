@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from tiny_run import write_tiny_run
 from torch.nn import functional
 
-from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import run_command
 from minitron_nemo.config.compose import compose
 from minitron_nemo.data.corpus_index import open_index
@@ -121,14 +124,66 @@ def test_it_is_evaluated_on_text_prepared_with_its_own_tokenizer(run, capsys):
     assert json.loads((run.folder / "eval.json").read_text())["cross_entropy"] == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_distillation_from_the_larger_vocabulary_is_refused_in_one_line_that_says_what_to_do(run, capsys):
-    run.make(
-        "distill", f"distill.checkpoint={run.folder}/fewer.nemo", f"distill.teacher={run.folder}/whole.nemo", code=2
-    )
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert "has a vocabulary of 275" in said
-    assert "cut the teacher to the same words (prune.target.vocab_size alone)" in said
+@pytest.mark.parametrize("tp", [1, 2])
+def test_over_the_words_that_stay_the_whole_model_is_the_same_model(run, tp):
+    """Only words are gone, so every distribution is that of the whole model among the words that are left."""
+    fewer, output = run.folder / "fewer.nemo", run.folder / f"beside_whole_{tp}.json"
+    own = [f"prepare_data.tokenizer={fewer}", f"prepare_data.output={run.folder}/own_data"]
+    run.make("prepare_data", *own)
+    layout = [f"trainer.devices={tp}", f"parallel.tensor_model_parallel_size={tp}"]
+    run.make("evaluate", *own, *layout, f"evaluate.checkpoint={fewer}", f"evaluate.reference={run.folder}/whole.nemo",
+             f"evaluate.output={output}")  # fmt: skip
+    record = json.loads(output.read_text())
+    assert record["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert record["top1_agreement"] == 1
+    assert record["cross_entropy"] > 1
+
+
+def test_a_student_with_fewer_words_learns_from_the_whole_teacher(run):
+    fewer, student = run.folder / "fewer.nemo", run.folder / "student.nemo"
+    own = [f"prepare_data.tokenizer={fewer}", f"prepare_data.output={run.folder}/own_data"]
+    run.make("prepare_data", *own)
+    settings = ["distill.cross_entropy_weight=0.5", "distill.training.max_steps=2", f"distill.output={student}"]
+    run.make("distill", *own, *settings, f"distill.checkpoint={fewer}", f"distill.teacher={run.folder}/whole.nemo")
+    log = run.folder / "logs" / "student" / "metrics.jsonl"
+    first = json.loads(log.read_text().splitlines()[0])
+    assert first["forward_kl"] == pytest.approx(0, abs=1e-6), "before its first step it is the teacher's cut"
+    assert first["loss"] == pytest.approx(0.5 * first["cross_entropy"], rel=1e-5)
+    assert open_nemo(student).arch.vocab_size == WORDS
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "said"),
+    [
+        ("whole", "fewer", "has a vocabulary of 300"),
+        ("foreign", "whole", "is no word of"),
+        ("remerged", "whole", "is not what pruning it leaves"),
+    ],
+)
+def test_a_vocabulary_that_is_not_the_teachers_is_refused_in_one_line(run, student, teacher, said, capsys):
+    for name in ("foreign", "remerged"):
+        if not (run.folder / f"{name}.nemo").exists():
+            with_other_words(run.folder / "fewer.nemo", run.folder / f"{name}.nemo", remerged=name == "remerged")
+    run.make("distill", f"distill.checkpoint={run.folder}/{student}.nemo",
+             f"distill.teacher={run.folder}/{teacher}.nemo", code=2)  # fmt: skip
+    text = capsys.readouterr().err.strip()
+    assert len(text.splitlines()) == 1
+    assert said in text
+
+
+def with_other_words(source, target, *, remerged: bool) -> None:
+    """A copy of a model whose tokenizer has a word of its own, or other merges of its words."""
+    model, folder = open_nemo(source), target.parent / f"{target.name}_tokenizer"
+    shutil.copytree(model.tokenizer, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    if remerged:
+        values["model"]["merges"].reverse()
+    else:
+        last = max(values["model"]["vocab"], key=values["model"]["vocab"].__getitem__)
+        values["model"]["merges"] = [m for m in values["model"]["merges"] if "".join(m) != last]
+        values["model"]["vocab"]["zqzqzq"] = values["model"]["vocab"].pop(last)
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    write_nemo(target, model.arch, stream(model.weights), dtype=model.dtype, tokenizer=folder, origin=Origin("test"))
 
 
 def test_a_size_without_room_for_what_must_stay_is_refused_and_nothing_is_left_behind(run, capsys):

@@ -46,7 +46,7 @@ def test_the_folder_is_an_artefact_with_scores_table_and_plot(run):
     run_dir, make, options = run
     manifest = read_manifest(run_dir / "blocks", kind="blocks")
     verify_files(run_dir / "blocks", manifest)
-    assert set(manifest.files) == {"blocks.json", "blocks.md", "blocks.svg"}
+    assert set(manifest.files) == {"blocks.json", "blocks.md", "blocks.svg", "calibration_text.safetensors"}
     assert manifest.parents == {"model": open_nemo(run_dir / "corrected_teacher.nemo").sha256}
     scores = read_blocks(run_dir / "blocks")
     assert scores.lengths == [1, 2], "one layer, and what the target drops"
@@ -72,14 +72,36 @@ def test_the_same_samples_as_those_of_importance_give_its_block_importance(run):
 def test_prune_drops_the_best_block(measure, run):
     run_dir, make, _ = run
     output = run_dir / f"by_{measure}.nemo"
-    make("prune", f"prune.target.drop_by={measure}", f"prune.output={output}")
+    # No importance is needed, or read.
+    make("prune", f"prune.target.drop_by={measure}", f"prune.output={output}", "prune.importance=/nowhere")
     scores = read_blocks(run_dir / "blocks")
     plan = read_plan(output / "plan.json")
     assert plan.dropped_layers() == scores.best_block(measure, 2)
     values = scores.of(measure, 2)
     first = plan.dropped_layers()[0]
     assert values[first - 1] == (max(values) if measure == "task" else min(values))
-    assert set(read_manifest(output, kind="model").parents) == {"model", "importance", "blocks"}
+    manifest = read_manifest(output, kind="model")
+    assert set(manifest.parents) == {"model", "blocks"}
+    assert manifest.extra["proof"]["tokens"] == "calibration", "the text that the blocks were scored on"
+
+
+def test_importance_is_asked_for_where_units_or_layers_are_chosen_by_it(run, capsys):
+    run_dir, make, _ = run
+    nowhere, output = "prune.importance=/nowhere", f"prune.output={run_dir}/listed.nemo"
+    by_loss = "prune.target.drop_by=lm_loss"
+    capsys.readouterr()
+    for asked in (
+        [],  # layers by block importance
+        [by_loss, "prune.target.hidden_size=24"],
+        [by_loss, "prune.repairs.norm_scale=true"],
+        ["prune.target.num_layers=null", "+prune.target.budget={parameters: 1e9, axes: [num_layers]}"],
+    ):
+        make("prune", *asked, nowhere, output, code=2)
+        assert "/nowhere" in capsys.readouterr().err, asked
+    make("prune", "prune.target.drop_layers=[1,3]", nowhere, output)
+    manifest = read_manifest(run_dir / "listed.nemo", kind="model")
+    assert set(manifest.parents) == {"model"}
+    assert manifest.extra["proof"]["tokens"] == "random", "no scores, no text"
 
 
 def test_prune_drops_the_layers_that_are_best_alone_and_says_when_another_model_was_scored(run, caplog):

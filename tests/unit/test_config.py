@@ -12,7 +12,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from minitron_nemo.config.compose import COMPOSITION_ERRORS, CONF_DIR, Composition, compose
-from minitron_nemo.config.rules import check_ranks, check_training
+from minitron_nemo.config.parallel import Recompute
+from minitron_nemo.config.rules import (
+    check_distillation,
+    check_one_chunk,
+    check_ranks,
+    check_samples,
+    check_training,
+)
 from minitron_nemo.config.schema import Config, Precision, StepConfig, TrainingConfig, identity
 from minitron_nemo.config.setting import check_ranges, inner_section, path, setting, setting_of
 from minitron_nemo.distributed.layout import Layout
@@ -144,6 +151,10 @@ BAD_INPUT = [
     (["seed=-1"], "seed=-1: must be at least 0 and at most 4294967295", ""),
     (["seed=" + "1" * 5000], "", "4300"),
     (["distill.kl_weight=0"], "distill.kl_weight=0, distill.cross_entropy_weight=0", ""),
+    (["distill.top_k=5"], "distill.top_k=5: distill.divergence=forward_kl does not use it", "top_k_kl"),
+    (["distill.divergence=logit_mse", "distill.temperature=2"], "distill.temperature=2.0: distill.divergence=logit_mse",
+     "leave it at 1"),
+    (["distill.divergence=mse"], "distill.divergence", "logit_mse"),
     (["distill.training.optim.min_lr=1"], "distill.training.optim.min_lr=1.0", "lr"),
     (["trainer.device=2"], "trainer.device: unknown key; trainer has devices", ""),
     (["+trainer.device=2"], "trainer.device: unknown key; trainer has devices", ""),
@@ -317,6 +328,67 @@ def test_a_batch_must_be_shared_by_the_data_parallel_ranks():
     check_training(training, "distill", Layout(dp=3))
     with pytest.raises(UserError, match=r"^distill.training.global_batch_size=3: must be a multiple of"):
         check_training(training, "distill", Layout(dp=2))
+
+
+def test_an_interleaved_pipeline_is_asked_of_every_number_of_micro_batches():
+    interleaved = [
+        "trainer.devices=4", "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2", "distill.training.global_batch_size=8",
+        "distill.training.micro_batch_size=1",
+    ]  # fmt: skip
+    config = compose("quickstart", interleaved)
+    check_distillation(config)
+    with pytest.raises(UserError, match=r"^distill.teacher_window=3: 3 micro-batches"):
+        check_distillation(compose("quickstart", [*interleaved, "distill.teacher_window=3"]))
+    with pytest.raises(UserError, match=r"^distill.training.global_batch_size=9: 9 micro-batches"):
+        check_training(TrainingConfig(global_batch_size=9), "distill", config.layout)
+    check_samples(config.layout, 12, 3, name="num_samples")
+    with pytest.raises(UserError, match=r"^num_samples=9: 3 micro-batches"):
+        check_samples(config.layout, 9, 3, name="num_samples")
+    with pytest.raises(UserError, match=r"^parallel.virtual_pipeline_model_parallel_size=2: score_blocks does"):
+        check_one_chunk(config, "score_blocks")
+    with pytest.raises(UserError, match=r"^parallel.context_parallel_size=2: score_blocks does not run so"):
+        check_one_chunk(compose("quickstart", ["parallel.context_parallel_size=2"]), "score_blocks")
+    with pytest.raises(UserError, match=r"^parallel.virtual_pipeline_model_parallel_size=2: needs pipeline"):
+        check_ranks(compose("quickstart", ["parallel.virtual_pipeline_model_parallel_size=2"]))
+
+
+RECOMPUTED = [
+    ([], Recompute()),
+    (["recompute_activations=true"], Recompute("full", "uniform", 1)),
+    (["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=3"], Recompute("full", "block", 3)),
+    (["recompute_granularity=selective"], Recompute("selective", modules=("core_attn",))),
+    (["recompute_granularity=selective", "recompute_modules=[mlp]"], Recompute("selective", modules=("mlp",))),
+    (["recompute_activations=true", "recompute_granularity=full"], "parallel.recompute_activations=true: is short"),
+    (["recompute_granularity=full", "recompute_num_layers=3"], "parallel.recompute_method: is not set"),
+    (["recompute_granularity=full", "recompute_method=block"], "parallel.recompute_num_layers: is not set"),
+    (["recompute_granularity=selective", "recompute_num_layers=3"], "parallel.recompute_num_layers: goes with"),
+    (["recompute_modules=[mlp]"], "parallel.recompute_modules: goes with recompute_granularity=selective"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "meant"), RECOMPUTED)
+def test_recomputation_is_what_megatron_calls_it_or_refused(settings, meant):
+    config = compose("quickstart", [f"parallel.{each}" for each in settings])
+    if isinstance(meant, Recompute):
+        assert config.parallel.recompute == meant
+        check_ranks(config)
+    else:
+        with pytest.raises(UserError, match=f"^{meant}"):
+            check_ranks(config)
+
+
+def test_layers_that_are_recomputed_together_fill_every_chunk():
+    Recompute("full", "uniform", 2).check([4, 2])
+    Recompute("full", "block", 2).check([3, 1])
+    with pytest.raises(UserError, match=r"^parallel.recompute_num_layers=2: .* \[4, 3\]"):
+        Recompute("full", "uniform", 2).check([4, 3])
+
+
+def test_positions_begin_anew_only_where_documents_are_kept_apart():
+    check_ranks(compose("quickstart", ["data.reset_position_ids=true", "data.reset_attention_mask=true"]))
+    with pytest.raises(UserError, match=r"^data.reset_position_ids=true: needs data.reset_attention_mask"):
+        check_ranks(compose("quickstart", ["data.reset_position_ids=true"]))
 
 
 def test_a_short_trial_keeps_the_long_warm_up():

@@ -23,6 +23,7 @@ def reference(student, teacher, labels, mask, *, tau=1.0, kl=1.0, ce=0.0):
         "cross_entropy": (ce_N * mask).sum(),
         "forward_kl": (divergence * mask).sum(),
         "top1_agreement": ((s.argmax(1) == t.argmax(1)) * mask).sum().double(),
+        "teacher_entropy": -((log_p.exp() * log_p).sum(dim=1) * mask).sum(),
     }
     return loss.detach(), x.grad, w.grad, {name: value.detach() for name, value in sums.items()}
 
@@ -183,4 +184,4 @@ def test_without_a_teacher_there_is_no_divergence_to_speak_of():
     output = head(student, labels_N=labels, mask_N=mask)
     assert tuple(output.sums) == head.sum_names(with_teacher=False) == ("tokens", "loss", "cross_entropy")
     assert output.sums["loss"] == output.sums["cross_entropy"]
-    assert head.sum_names(with_teacher=True)[3:] == ("forward_kl", "top1_agreement")
+    assert head.sum_names(with_teacher=True)[3:] == ("forward_kl", "top1_agreement", "teacher_entropy")

@@ -317,6 +317,15 @@ def test_a_damaged_safetensors_file_is_refused_by_name(folder, data):
         hf.open_hf(folder)
 
 
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused_by_name(folder, tmp_path):
+    opened = hf.open_hf(folder)
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(UserError, match=r"model.safetensors: .* cannot be read: the file was cut short$"):
+        hf.import_hf(opened, tmp_path / "out" / "x.nemo", tensors=stream(opened.weights), origin=Origin("f"))
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
 def test_a_damaged_config_is_refused_by_name(folder, text):
     (folder / "config.json").write_text(text)

@@ -59,8 +59,7 @@ def test_every_pair_is_compared_and_what_cannot_be_is_refused():
 def sums_over(samples: int) -> ImportanceSums:
     model, tapes = FakeModel([1, 2, 3, 4]), random_tapes(ARCH, seq=3, batch=samples, seed=1)
     with listening(model, arch=ARCH) as statistics:
-        names = {axis: criterion.name for axis, criterion in statistics.criteria.items()}
-        sums = ImportanceSums(ARCH, names, "mean", Heard("d", samples, 3))
+        sums = ImportanceSums(ARCH, statistics.criteria, "mean", Heard("d", samples, 3))
         for stretch in stretches(range(samples), set_samples=samples, at_most=64):
             model(select_samples(tapes, slice(stretch.start, stretch.stop)))
             sums = sums.add(statistics.take(stretch))

@@ -13,6 +13,7 @@ from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.calibration_text import write_text
 from minitron_nemo.pruning import proof
 from minitron_nemo.pruning.cut import PrunedSource
 from minitron_nemo.pruning.make_plan import make_plan
@@ -244,6 +245,34 @@ def test_what_was_found_is_in_the_manifest_and_can_be_skipped(teacher, tmp_path)
     unproven = prune(teacher, plan, tmp_path / "unproven.nemo", proof=False)
     assert "proof" not in unproven.manifest.extra
     assert unproven.manifest.fingerprint == proven.manifest.fingerprint, "the same model"
+
+
+def test_the_proof_runs_on_calibration_text_where_the_scores_have_some(teacher, tmp_path, monkeypatch, caplog):
+    plan, text = plan_for(teacher.arch, "all"), torch.arange(2 * 40).reshape(2, 40)
+    seen, embed = [], proof.PlainModel.embed
+    monkeypatch.setattr(proof.PlainModel, "embed", lambda self, tokens: seen.append(tokens) or embed(self, tokens))
+    (tmp_path / "scores").mkdir()
+    caplog.set_level("INFO")
+    blind = prune(teacher, plan, tmp_path / "blind.nemo", text_from=tmp_path / "scores")
+    assert blind.manifest.extra["proof"]["tokens"] == "random"
+    assert "on random tokens: " + str(tmp_path / "scores") + " has no calibration text" in caplog.text
+    seen.clear()
+    write_text(tmp_path / "scores", text)
+    proven = prune(teacher, plan, tmp_path / "proven.nemo", text_from=tmp_path / "scores")
+    assert proven.manifest.extra["proof"]["tokens"] == "calibration"
+    assert all(torch.equal(tokens, text[:, :32]) for tokens in seen)
+    assert len(seen) == 2, "both models"
+    write_text(tmp_path / "scores", text + teacher.arch.vocab_size)
+    with pytest.raises(UserError, match="ids that the model does not have"):
+        prune(teacher, plan, tmp_path / "never.nemo", text_from=tmp_path / "scores")
+    assert not (tmp_path / "never.nemo").exists()
+
+
+def test_of_text_the_words_that_went_are_left_out_and_too_little_is_not_taken():
+    words, text = torch.tensor([2, 3, 5, 7]), torch.tensor([[7, 0, 2, 5, 3], [5, 5, 1, 3, 2]])
+    assert torch.equal(proof._of_student(text, words, (2, 3)), torch.tensor([[3, 0, 2], [2, 2, 1]]))
+    assert proof._of_student(text, words, (2, 5)) is None
+    assert proof._of_student(text, words, (3, 2)) is None
 
 
 def test_a_wrong_cut_leaves_nothing_behind(teacher, tmp_path, monkeypatch):

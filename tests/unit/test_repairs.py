@@ -96,6 +96,15 @@ def test_each_repair_changes_its_tensors_and_no_others(world):
             assert torch.equal(value, cut[tensor]) != tensor.endswith(concerned[name]), f"{name}: {tensor}"
 
 
+def test_who_vouches_for_the_weights_is_asked_through_every_repair(world, monkeypatch):
+    for name, repairs in allowed(world).items():
+        asked, source = [], world.repaired(repairs)
+        monkeypatch.setattr(world.source, "verify", lambda asked=asked: asked.append(True))
+        for _ in stream(source):
+            assert not asked
+        assert asked == [True], name
+
+
 # Least squares
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minitron_nemo.errors import UserError
+from minitron_nemo.importance.criteria import chosen
 from minitron_nemo.importance.estimators import AGGREGATIONS
 from minitron_nemo.importance.hooks import listening
 from minitron_nemo.importance.scores import read_scores, scores_of
@@ -25,8 +26,7 @@ def heard_of(samples: range, *, at_most: int = SET, tapes=TAPES) -> ImportanceSu
     """The sums of a job over these samples, one sample in a forward pass."""
     model = FakeModel([1, 2, 3, 4])
     with listening(model, arch=ARCH) as statistics:
-        names = {axis: criterion.name for axis, criterion in statistics.criteria.items()}
-        sums = ImportanceSums(ARCH, names, "mean", HEARD)
+        sums = ImportanceSums(ARCH, statistics.criteria, "mean", HEARD)
         for stretch in stretches(samples, set_samples=SET, at_most=at_most):
             for sample in stretch:
                 model(select_samples(tapes, slice(sample, sample + 1)))
@@ -147,7 +147,7 @@ NOT_TOGETHER = {
     "another precision": (lambda s: other(s, precision="bf16"), "precision 'bf16'"),
     "another aggregation": (lambda s: dataclasses.replace(s, sequence_aggregation="l2"), "sequence_aggregation 'l2'"),
     "an axis less": (
-        lambda s: dataclasses.replace(s, criteria={"num_layers": "cosine"}), "criterion of hidden_size None",
+        lambda s: dataclasses.replace(s, criteria=chosen(only=["num_layers"])), "criterion of hidden_size None",
     ),
     "another shape": (
         lambda s: dataclasses.replace(s, arch=dataclasses.replace(ARCH, vocab_size=64)), "model of vocab_size 64",

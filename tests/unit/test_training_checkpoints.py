@@ -1,5 +1,6 @@
 """pytest tests/unit/test_training_checkpoints.py: which training checkpoints belong to a run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,8 +15,8 @@ from minitron_nemo.training.checkpoints import KIND, CheckpointFolder
 from minitron_nemo.training.metrics import MetricsWriter
 
 
-def publish(folder, step, fingerprint):
-    with publishing(folder / f"step_{step:08d}", kind=KIND, origin=Origin(fingerprint)) as draft:
+def publish(folder, step, fingerprint, **extra):
+    with publishing(folder / f"step_{step:08d}", kind=KIND, origin=Origin(fingerprint), extra=extra) as draft:
         (draft.folder / "state").write_text(fingerprint)
 
 
@@ -51,6 +52,17 @@ def test_damage_that_another_rank_finds_counts(tmp_path, caplog):
     checkpoints = Watched(tmp_path, "f", LLAMA, groups=Groups2(), layout="alone")
     assert checkpoints._newest() == tmp_path / "step_00000100"
     assert "optimizer_00001: damaged; trying an older checkpoint" in caplog.text
+
+
+def test_a_run_that_minimizes_something_else_is_not_begun_anew_unasked(tmp_path):
+    minimized = "1 x forward_kl at temperature 1 + 0 x cross_entropy"
+    publish(tmp_path, 4, "old", objective=minimized)
+    options = dict(groups=Groups(), layout="alone")
+    other = CheckpointFolder(tmp_path, "new", LLAMA, objective="1 x reverse_kl at temperature 1", **options)
+    with pytest.raises(UserError, match="step_00000004 minimized 1 x forward_kl.*, this is 1 x reverse_kl"):
+        other.resume(None)
+    dataclasses.replace(other, overwrite=True).resume(None)
+    dataclasses.replace(other, objective=minimized).resume(None)  # other data, say: as before
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

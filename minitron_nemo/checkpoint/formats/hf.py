@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from minitron_nemo.artefacts.foreign_json import read_json_object
@@ -21,11 +21,20 @@ from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
+from minitron_nemo.checkpoint.buffers import memory_of, new_tensor
 from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
 from minitron_nemo.checkpoint.formats.hf_names import hf_names, hf_tensors
-from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, TOKENIZER_FILES, NemoFolder, copy_tokenizer, write_nemo
+from minitron_nemo.checkpoint.formats.nemo import (
+    PRECISIONS,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    NemoFolder,
+    copy_tokenizer,
+    write_nemo,
+)
 from minitron_nemo.checkpoint.geometry import Box
-from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, SafetensorsWriter
+from minitron_nemo.checkpoint.hashed_files import fill_from
+from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
 from minitron_nemo.checkpoint.source import ShapedSource, stream
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -39,7 +48,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
 FINITE_BLOCK = 1 << 20  # elements
-STORED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+STORED_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in PRECISIONS.values()}
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -76,7 +85,7 @@ class HfWeights(ShapedSource):
         super().__init__(arch)
         self.path = folder
         self._files = _weight_files(folder)
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, Entry]] = {}
         self._dtype = self._check_tensors()
 
     def dtype(self, name: str | None = None) -> torch.dtype:
@@ -85,29 +94,31 @@ class HfWeights(ShapedSource):
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         logical = self.tensors[name]
-        parts = hf_names(logical, self.arch)
-        try:
-            tensors = [self._handle(part).get_tensor(part) for part in parts]
-        except SafetensorError as error:
-            raise UserError(f"{self.path}: {parts[0]} cannot be read: {error}") from None
-        for part, value in zip(parts, tensors, strict=True):
-            _check_finite(value, self.path / self._files[part], part)
-        tensor = logical.row.dims[0].from_hf(tensors, self.arch)
+        tensors = [self._read_part(part) for part in hf_names(logical, self.arch)]
+        packed = new_tensor(self.shape(name), self._dtype) if len(tensors) > 1 else None
+        tensor = logical.row.dims[0].from_hf(tensors, self.arch, out=packed)
         return tensor if box is None else tensor[box.slices()]
 
-    def _handle(self, name: str) -> Any:
-        """The open safetensors file that holds tensor `name`."""
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open_safetensors(self.path, file)
-        return self._open[file]
-
-    def _slice(self, name: str) -> Any:
-        """Shape and dtype of a tensor, from the header of its file."""
+    def _read_part(self, name: str) -> Tensor:
+        """A tensor as Hugging Face has it."""
+        entry, path = self._entry(name), self.path / self._files[name]
+        tensor = new_tensor(entry.shape, self._dtype)
         try:
-            return self._handle(name).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{self.path / self._files[name]}: no tensor {name}: {error}") from None
+            with path.open("rb", buffering=0) as file:
+                fill_from(file, memory_of(tensor), entry.start, uncached=True)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: {name} cannot be read: {str(error) or 'the file was cut short'}") from None
+        _check_finite(tensor, path, name)
+        return tensor
+
+    def _entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a tensor, from the header of its file."""
+        file = self._files[name]
+        if file not in self._headers:
+            self._headers[file] = _read_header(self.path, file)
+        if name not in self._headers[file]:
+            raise UserError(f"{self.path / file}: no tensor {name}; {INDEX_FILE} says that it is there")
+        return self._headers[file][name]
 
     def _check_tensors(self) -> torch.dtype:
         """Names, shapes and dtypes against the shape; the one dtype of all tensors."""
@@ -116,13 +127,13 @@ class HfWeights(ShapedSource):
         for name, shape in expected.items():
             if name not in self._files:
                 raise UserError(f"{self.path}: tensor {name} is missing; {CONFIG_FILE} describes a model that has it")
-            stored = self._slice(name)
-            if (found := tuple(stored.get_shape())) != shape:
-                raise UserError(f"{self.path}: tensor {name} is {found}; {CONFIG_FILE} says {shape}")
-            dtypes.add(stored.get_dtype())
-            if stored.get_dtype() not in STORED_DTYPES or len(dtypes) > 1:
+            stored = self._entry(name)
+            if stored.shape != shape:
+                raise UserError(f"{self.path}: tensor {name} is {stored.shape}; {CONFIG_FILE} says {shape}")
+            dtypes.add(stored.dtype)
+            if stored.dtype not in STORED_DTYPES or len(dtypes) > 1:
                 raise UserError(
-                    f"{self.path}: tensor {name} is stored as {stored.get_dtype()}; supported are models stored "
+                    f"{self.path}: tensor {name} is stored as {stored.dtype}; supported are models stored "
                     f"wholly as one of {', '.join(STORED_DTYPES)}"
                 )
         # Old checkpoints carry the rotary table; tied ones may carry the same table under a second name.
@@ -141,8 +152,8 @@ class HfWeights(ShapedSource):
         said = metadata.get("total_size") if isinstance(metadata, dict) else None
         if said is None:
             return
-        slices = [self._slice(name) for name in self._files]
-        found = sum(math.prod(part.get_shape()) * ITEMSIZES.get(part.get_dtype(), 0) for part in slices)
+        entries = [self._entry(name) for name in self._files]
+        found = sum(math.prod(entry.shape) * ITEMSIZES.get(entry.dtype, 0) for entry in entries)
         if type(said) not in (int, float) or said != found:
             raise UserError(
                 f"{self.path / INDEX_FILE}: total_size={_short(said)}, the tensors that it names have {found} bytes; "
@@ -163,20 +174,20 @@ def _short(value: Any) -> str:
     return text if len(text) < 40 else text[:37] + "..."
 
 
-def _open_safetensors(folder: Path, name: str) -> Any:
+def _read_header(folder: Path, name: str) -> dict[str, Entry]:
     path = contained_file(folder, name)
     if path is None:
         raise UserError(f"{folder / name}: named by {INDEX_FILE}, but there is no such file")
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return read_header(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the single file or the index of the shards."""
     if contained_file(folder, WEIGHTS_FILE) is not None:
-        return dict.fromkeys(_open_safetensors(folder, WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+        return dict.fromkeys(_read_header(folder, WEIGHTS_FILE), WEIGHTS_FILE)
     if contained_file(folder, INDEX_FILE) is None:
         raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE}; only safetensors weights are read")
     names = _read_json(folder, INDEX_FILE).get("weight_map")

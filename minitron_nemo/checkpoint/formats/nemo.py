@@ -68,8 +68,11 @@ def precision_name(dtype: torch.dtype) -> str:
     raise UserError(f"dtype {dtype}: weights are stored as bfloat16, float16 or float32")
 
 
-def open_nemo(path: str | Path, *, verify: bool = False) -> NemoFolder:
+def open_nemo(path: str | Path, *, verify: bool = False, verify_while_read: bool = False) -> NemoFolder:
     """The model artefact at `path`, its shape, keys and file sizes checked; with `verify` every hash as well.
+
+    With `verify_while_read` files of weights are hashed as they are read, for a step that reads them once:
+    `weights.verify()`, which ends a `stream`, judges them; all other files are hashed here.
 
     Raises UserError in one line for anything that is not a whole model artefact.
     """
@@ -83,12 +86,22 @@ def open_nemo(path: str | Path, *, verify: bool = False) -> NemoFolder:
         if name not in manifest.files:
             raise UserError(f"{path / MANIFEST_FILE}: does not list {name}, so nothing vouches for it; make it again")
     check_listed(path, manifest)
-    (verify_files if verify else check_sizes)(path, manifest)
+    later = _hashes_of_weights(manifest) if verify_while_read else {}
+    if verify or verify_while_read:
+        verify_files(path, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
+    else:
+        check_sizes(path, manifest)
     arch, dtype = _read_config(path / CONFIG_FILE)
-    weights = TorchDistWeights(path / WEIGHTS, arch, source=CONFIG_FILE)
+    weights = TorchDistWeights(path / WEIGHTS, arch, source=CONFIG_FILE, sha256=later)
     if weights.dtype() != dtype:
         raise UserError(f"{path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
     return NemoFolder(path, arch, dtype, manifest, weights)
+
+
+def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
+    """The SHA-256 of each file of tensors, by its name."""
+    names = [name for name in manifest.files if name.startswith(f"{WEIGHTS}/") and name.endswith(".distcp")]
+    return {name.removeprefix(f"{WEIGHTS}/"): manifest.files[name]["sha256"] for name in names}
 
 
 def _read_config(path: Path) -> tuple[ModelArch, torch.dtype]:

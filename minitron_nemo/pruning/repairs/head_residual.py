@@ -34,7 +34,7 @@ class HeadResidual(ShapedSource):
     """
 
     def __init__(self, source: TensorSource, plan: PruningPlan, scores: ImportanceScores, *, sign: str) -> None:
-        super().__init__(source.arch)
+        super().__init__(source.arch, made_of=source)
         self.source, self.plan, self.scores, self.sign = source, plan, scores, SIGNS[sign]
         held, kept = plan.source.heads_per_group, plan.target.heads_per_group
         if 2 * kept < held:

@@ -83,7 +83,7 @@ class _Repair(ShapedSource, ABC):
     """A pruned model around another one, some of whose tensors are computed anew."""
 
     def __init__(self, inner: TensorSource, plan: PruningPlan, moments: SecondMomentFile) -> None:
-        super().__init__(plan.target)
+        super().__init__(plan.target, made_of=inner)
         self.inner, self.plan, self.moments = inner, plan, moments
 
     def dtype(self, name: str) -> torch.dtype:

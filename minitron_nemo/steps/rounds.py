@@ -1,28 +1,21 @@
-"""Sums of a long search over a model, kept so that a run that was stopped goes on from them, under any layout.
+"""Items of a long search shared out over data-parallel ranks in rounds, with what they sum up kept on the way."""
 
-A part of the search is a list of items that all ranks share out in rounds; what it sums up is written after every
-sixteenth of its rounds. A file that is not of the same search is passed over: the part begins anew.
-"""
-
-import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.artefacts.atomic import write_text_atomically
-from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
-
-logger = logging.getLogger(__name__)
+from minitron_nemo.steps.kept_sums import KeptSums
 
 SAVES = 16  # of a part
+FILE = "sums.safetensors"
 
 
 class Sums(Protocol):
@@ -39,13 +32,12 @@ class Sums(Protocol):
 class Rounds:
     """Goes through items in micro-batches, each data-parallel rank one of a round, and saves on the way.
 
-    `folder` is where what was summed so far is kept for the search of this `fingerprint`; None keeps nothing.
+    `kept` is where what was summed so far stays after every sixteenth of the rounds; None keeps nothing.
     """
 
     groups: Groups
     micro_batch_size: int
-    folder: Path | None = None
-    fingerprint: str = ""
+    kept: KeptSums | None = None
 
     def go(self, count: int, part: str, *, unit: str, sums: Sequence[Sums], work: Callable[[range], None]) -> None:
         """Call `work(numbers)` for micro-batches of the items 0 to `count` - 1, those of this rank; on all ranks."""
@@ -65,33 +57,25 @@ class Rounds:
 
     def _resumed(self, part: str, sums: Sequence[Sums]) -> int:
         """Items that an earlier run has done, its sums restored; 0 without one."""
-        if self.folder is None:
+        found = None if self.kept is None else self.kept.of_part(part).newest(self.groups)
+        if found is None:
             return 0
-        path = self.folder / f"{part}.json"
-        done = self._read(path, sums) if path.is_file() else 0
-        if len(seen := set(self.groups.share_json(done))) > 1:
-            raise UserError(f"{path}: ranks see {sorted(seen)} done there; run_dir must be one folder to all nodes")
-        if done:
-            logger.info(f"{part}: resumed after {done} from {path}")
-        return done
-
-    def _read(self, path: Path, sums: Sequence[Sums]) -> int:
+        folder, done = found
         try:
-            record = read_json_object(path)
-            if record.get("fingerprint") != self.fingerprint:
-                return 0
-            totals = [torch.tensor(total, dtype=torch.float64) for total in record["sums"]]
-            done = int(record["done"])
-            for each, total in zip(sums, totals, strict=True):
+            totals = load_file(folder / FILE)
+            for each, total in zip(sums, (totals[name] for name in sorted(totals)), strict=True):
                 each.restore(total.to(self.groups.device))
-        except (UserError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: {error}; it is of a run that was stopped: delete it to begin anew") from None
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: {error}; it is of a run that was stopped: delete it to begin anew") from None
         return done
 
     def _save(self, part: str, done: int, sums: Sequence[Sums]) -> None:
-        if self.folder is None:
+        if self.kept is None:
             return
-        totals: list[Any] = [each.merged().tolist() for each in sums]
-        if self.groups.is_main:
-            record = {"fingerprint": self.fingerprint, "done": done, "sums": totals}
-            write_text_atomically(self.folder / f"{part}.json", json.dumps(record))
+        totals = {f"{number:03d}": each.merged().cpu().contiguous() for number, each in enumerate(sums)}
+
+        def write(folder: Path | None) -> None:
+            if folder is not None:
+                save_file(totals, folder / FILE)
+
+        self.kept.of_part(part).save(done, write, self.groups)

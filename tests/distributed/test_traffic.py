@@ -1,0 +1,123 @@
+"""What a training step is said to send is what its ranks send: every collective that torch dispatches is counted."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import share_of_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.config.parallel import Recompute
+from minitron_nemo.config.schema import OptimConfig
+from minitron_nemo.distillation.teacher import Teacher
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.engine.model import BuildOptions, build_model
+from minitron_nemo.engine.weights import load_weights
+from minitron_nemo.losses.lm_head import HeadLoss
+from minitron_nemo.steps.memory import Stages
+from minitron_nemo.steps.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Step, sent
+from minitron_nemo.testing import LLAMA, MISTRAL, random_nemo, run_layout
+from minitron_nemo.training.objectives import DistillationObjective, batch_sums
+from minitron_nemo.training.state import TrainState
+
+SEQ_LENGTH, GLOBAL_BATCH = 16, 4
+STUDENTS = {chunks: dataclasses.replace(MISTRAL, num_layers=5 if chunks == 4 else 3) for chunks in (1, 2, 4)}
+TEACHER = dataclasses.replace(LLAMA, hidden_size=64)
+STAGES = {1: (None, None), 2: ([1, 2], [3, 1]), 4: ([1, 2, 1, 1], [1, 1, 1, 1])}
+LAYOUTS = {
+    "tp2": Layout(tp=2),
+    "tp2_sp_recomputed": Layout(tp=2, sequence_parallel=True),
+    "dp2": Layout(dp=2),
+    "tp2_pp2_sp": Layout(tp=2, pp=2, sequence_parallel=True),
+    "pp2_vpp2": Layout(pp=2, vpp=2),
+    "tp2_cp2_selective": Layout(tp=2, cp=2),
+}
+RECOMPUTE = {
+    "recomputed": Recompute("full", "uniform", 1),
+    "selective": Recompute("selective", None, None, ("core_attn", "mlp")),
+}
+NAMES = {  # of torch's operators, and which argument is whole: what is gathered into, or what is reduced
+    "_allgather_base_": (ALL_GATHER, 0), "allgather_": (ALL_GATHER, 0), "_reduce_scatter_base_": (REDUCE_SCATTER, 1),
+    "allgather_into_tensor_coalesced_": (ALL_GATHER, 0), "reduce_scatter_tensor_coalesced_": (REDUCE_SCATTER, 1),
+    "allreduce_": (ALL_REDUCE, 0), "allreduce_coalesced_": (ALL_REDUCE, 0), "send": (SEND, 0),
+    "broadcast_": ("broadcast", 0),
+}  # fmt: skip
+LOCAL = {"recv_", "recv_any_source_", "monitored_barrier_", "barrier"}
+SMALL = 300  # bytes: sums of the log, norms
+
+
+def flat(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in flat(part)] if isinstance(value, list | tuple) else []
+
+
+class Counting(TorchDispatchMode):
+    """Adds up the bytes that each collective over `groups` sends; small ones are left out."""
+
+    def __init__(self, groups) -> None:
+        super().__init__()
+        # The first of these names that fits: a group of the same ranks may have several.
+        ranks = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp, "batch": groups.batch}
+        self.groups = {tuple(dist.get_process_group_ranks(g)): name for name, g in ranks.items() if g is not None}
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.note(func.__name__.partition(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, args) -> None:
+        if name in LOCAL:
+            return
+        collective, whole = NAMES[name]  # KeyError: an operator that nobody thought of
+        size = sum(tensor.numel() * tensor.element_size() for tensor in flat(args[whole]))
+        if size <= SMALL:
+            return
+        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+        members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(boxed)))
+        if len(members) == 1:
+            return
+        group = self.groups.get(members, "pp" if collective == SEND else str(members))
+        self.bytes[group, collective] += sent(collective, size, len(members))
+
+
+def counted(groups, student_path, teacher_path, options) -> list:
+    """For every rank (its stage, bytes by group and collective) of a whole distillation step."""
+    source = open_nemo(student_path)
+    student_split, teacher_split = STAGES[groups.layout.pp * groups.layout.vpp]
+    build = BuildOptions(groups=groups, stage_layers=student_split, **options)
+    model = build_model(source.arch, build)
+    load_weights(model, source.weights, groups)
+    state = TrainState.start(model, OptimConfig(), max_steps=3, options=build)
+    teacher = Teacher(open_nemo(teacher_path).weights, BuildOptions(groups=groups, stage_layers=teacher_split))
+    objective = DistillationObjective(
+        HeadLoss(vocab_size=source.arch.vocab_size, chunk_tokens=8, group=groups.tp), teacher
+    )
+    batches = share_of_batch(source.arch, step=0, size=GLOBAL_BATCH, seq_length=SEQ_LENGTH, groups=groups)
+    with Counting(groups) as counting:
+        state.zero_gradients()
+        batch_sums(state.model, batches, objective, groups=groups, train=True)
+        state.step()
+    return groups.share_json([groups.pp_rank, [[*key, size] for key, size in sorted(counting.bytes.items())]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_sends_what_is_said(layout, tmp_path):
+    degrees, recompute = LAYOUTS[layout], RECOMPUTE.get(layout.rpartition("_")[2], Recompute())
+    student = STUDENTS[degrees.pp * degrees.vpp]
+    student_split, teacher_split = STAGES[degrees.pp * degrees.vpp]
+    paths = [random_nemo(tmp_path / f"{n}.nemo", arch).path for n, arch in enumerate((student, TEACHER))]
+    options = {"recompute": recompute, "distributed_optimizer": layout != "tp2"}
+    step = Step(SEQ_LENGTH, GLOBAL_BATCH // degrees.dp, element_bytes=4, **options)
+    for stage, found in run_layout(counted, degrees, *paths, options):
+        wanted = step.of_student(Stages.of(student, degrees, student_split), stage, with_teacher=True)
+        wanted += step.of_teacher(Stages.of(TEACHER, degrees, teacher_split), stage)
+        if degrees.dp == 1:  # then these are the same ranks
+            for kind in (ALL_GATHER, REDUCE_SCATTER):
+                wanted["batch", kind] += wanted.pop(("cp", kind), 0)
+        wanted = {key: size for key, size in wanted.items() if size}
+        assert {(group, kind): size for group, kind, size in found} == pytest.approx(wanted, rel=0.01)
