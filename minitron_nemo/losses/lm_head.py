@@ -54,7 +54,7 @@ class HeadLoss:
     temperature: float = 1.0
     chunk_tokens: int = 1024
     group: dist.ProcessGroup | None = None
-    divergence: Divergence = ForwardKL()
+    divergence: ForwardKL | Divergence = ForwardKL()
 
     def sum_names(self, *, with_teacher: bool) -> tuple[str, ...]:
         """The names of the sums of a call with or without a teacher; what is known of it is known for every loss."""
@@ -212,6 +212,7 @@ def _by_divergence(spec: HeadLoss, inputs: _Inputs, rows: slice) -> Chunk[_Resul
     """A chunk with any divergence, in torch: its own statistics travel beside those of the softmaxes."""
     place, mask_N = _Place.of(spec, inputs, rows), inputs.mask_N[rows].float()
     tau, divergence = spec.temperature, spec.divergence
+    assert not isinstance(divergence, ForwardKL)
     kernel = TorchKernel(*_logits(inputs, rows), valid=place.valid, temperature=tau, cross_entropy=False, keep=True)
     base_NC = kernel.statistics(place.labels, first_row=place.first_row)
     assert kernel.t_NV is not None

@@ -7,6 +7,7 @@ from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import BuildOptions
 from minitron_nemo.errors import UserError
 from minitron_nemo.losses.divergences.divergence import Divergence
+from minitron_nemo.losses.divergences.forward_kl import ForwardKL
 from minitron_nemo.losses.divergences.known import KNOWN
 from minitron_nemo.steps.settings import precision_of
 
@@ -35,7 +36,7 @@ def build_options(config: Config, groups: Groups, *, stages: list[int] | None = 
     )
 
 
-def divergence_of(section: DistillConfig) -> Divergence:
+def divergence_of(section: DistillConfig) -> ForwardKL | Divergence:
     """The divergence that the section names, with the settings that are its own."""
     own = {
         "jensen_shannon": {"beta": section.jensen_shannon_beta},

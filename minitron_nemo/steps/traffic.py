@@ -1,7 +1,8 @@
 """Bytes that a rank sends in a training step, by group and collective, from the layout and the shapes alone.
 
 A ring is assumed: of n ranks, each sends (n-1)/n of the whole in an all-gather or a reduce-scatter and twice that in an
-all-reduce. What is a handful of numbers for each step or micro-batch is left out: sums of the log, the gradient's norm.
+all-reduce. Left out are the few numbers of a step or micro-batch, sums of the log and the gradient's norm, and what a
+divergence other than forward KL has its ranks tell each other.
 """
 
 import math

@@ -150,18 +150,3 @@ def test_the_setting_names_every_divergence_of_the_registry():
     head = HeadLoss(vocab_size=5, divergence=TopKKL(top_k=7, top_p=0.8), temperature=2, cross_entropy_weight=0.5)
     assert head.in_words == "1 x top_k_kl (top_k=7, top_p=0.8) at temperature 2 + 0.5 x cross_entropy"
     assert head.runs_in_words(torch.device("cpu"), with_teacher=True) == "top_k_kl by torch"
-
-
-def test_forward_kl_by_its_own_functions_is_that_of_the_kernel():
-    class ByItself(ForwardKL):
-        """Not told apart by its class, so the general path is taken."""
-
-    from minitron_nemo.losses import lm_head
-
-    s, t = LOGITS["large"]
-    want = ours(s, t, ForwardKL(), temperature=2.0, cross_entropy_weight=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_head.HeadLoss, "_is_linear", False)
-        got = ours(s, t, ByItself(), temperature=2.0, cross_entropy_weight=0.3)
-    assert got[0] == want[0]
-    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The divergences by the names that `distill.loss` gives them."""
+"""The divergences by the names that `distill.divergence` gives them."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,6 @@ from minitron_nemo.losses.divergences.logit_mse import LogitMSE
 from minitron_nemo.losses.divergences.reverse_kl import ReverseKL
 from minitron_nemo.losses.divergences.top_k_kl import TopKKL
 
-KNOWN: dict[str, Callable[..., Divergence]] = {
+KNOWN: dict[str, Callable[..., ForwardKL | Divergence]] = {
     record.name: record for record in (ForwardKL, ReverseKL, JensenShannon, LogitMSE, LogitCosine, TopKKL)
 }
