@@ -15,7 +15,7 @@ from minitron_nemo.config.schema import Config
 from minitron_nemo.errors import UserError
 from minitron_nemo.steps.describe import shapes
 from minitron_nemo.steps.forecast import PEAK_FLOPS, PEAK_SHARE
-from minitron_nemo.steps.memory import Stages
+from minitron_nemo.steps.stages import Stages
 from minitron_nemo.steps.traffic import Step, Traffic
 
 CONFIGS = ["llama31_width", "llama31_depth", "mistral_nemo_width", "nemotron4_8b", "nemotron4_4b"]
@@ -35,9 +35,12 @@ def busiest(config: Config) -> Traffic:
         distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     student = Stages.of(model.student, layout, config.parallel.student_stage_layers)
-    teacher = Stages.of(model.teacher, layout, config.parallel.teacher_stage_layers)
+    how = config.distill.teacher_parallel
+    beside = how.beside(layout)
+    teacher = Stages.of(model.teacher, beside.teacher, config.parallel.teacher_stage_layers)
     found = [
-        step.of_student(student, stage, with_teacher=True) + step.of_teacher(teacher, stage)
+        step.of_student(student, stage, with_teacher=True)
+        + step.of_teacher_beside(teacher, stage, beside=beside, shard_weights=how.shard_weights)
         for stage in range(layout.pp)
     ]
     return max(found, key=lambda traffic: sum(traffic.values()))
@@ -59,7 +62,7 @@ def row(name: str, nodes: int) -> str:
         return f"{name:<20}{nodes:>6}  {error}"
     by_group: Counter[str] = Counter()
     for (group, _), size in traffic.items():
-        by_group[group] += size
+        by_group[{"teacher_tp": "tp", "exchange": "tp", "copies": "batch"}.get(group, group)] += size
     layout = config.layout
     inside = layout.tp * layout.pp <= GPUS  # a copy of the model lies within a node, so its ranks talk over NVLink
     model = (by_group["tp"] + by_group["pp"]) / (NVLINK if inside else NETWORK)

@@ -33,25 +33,28 @@ def run(config: Config, job: Job, groups: "Groups") -> None:
     # torch and Megatron take seconds to import: not before there is something to run.
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.losses.lm_head import HeadLoss
+    from minitron_nemo.losses.tallies import Tallies
     from minitron_nemo.steps.options import build_options
     from minitron_nemo.steps.train import train_model
     from minitron_nemo.training.objectives import LanguageModelObjective
 
     section = config.correct_teacher
     teacher = open_nemo(section.checkpoint)
+    blend = blend_for(config, teacher, weights=section.blend, purpose="correct_teacher")
     head = HeadLoss(
         vocab_size=teacher.arch.vocab_size,
         kl_weight=0.0,
         cross_entropy_weight=1.0,
         chunk_tokens=config.distill.chunk_tokens,
         group=groups.tp,
+        tallies=Tallies(blend.seq_length, blend.sources),
     )
     train_model(
         teacher,
         job.output,
         objective=LanguageModelObjective(head),
         options=build_options(config, groups, stages=config.parallel.teacher_stage_layers),
-        blend=blend_for(config, teacher, weights=section.blend, purpose="correct_teacher"),
+        blend=blend,
         training=section.training,
         run_dir=Path(config.run_dir),
         origin=job.origin,

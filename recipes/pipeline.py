@@ -39,6 +39,8 @@ def run_pipeline(composition: Composition, config: Config) -> None:
         )
     started = time.monotonic()
     steps = steps_of(composition, config, find=recipe_named)
+    if config.pipeline.notice is not None:
+        logger.info(config.pipeline.notice)
     for number, step in enumerate(steps, start=1):
         logger.info(f"[{number}/{len(steps)}] {step.label}")
         execute(step.recipe, step.config)

@@ -73,6 +73,11 @@ class WithHoles(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.cut_at is not None and index >= self.cut_at:
             raise PowerCutError

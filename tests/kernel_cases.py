@@ -1,9 +1,11 @@
-"""Chunks for the kernels of both softmaxes. As a script, under TRITON_INTERPRET=1, writes what Triton's make of them.
+"""Cases for the kernels of both softmaxes and of rotary embeddings. As a script, under TRITON_INTERPRET=1, writes what
+Triton's make of them.
 
 Triton decides when it is imported whether kernels are interpreted, so those that compile need another process.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,11 +48,35 @@ def answer(kernel: type, case: tuple) -> tuple[Tensor, Tensor]:
     return stats_NC, one.gradient(factors, labels)
 
 
+ROTATIONS = [  # heads, channels, those that are turned, type
+    (6, 8, 8, torch.float32),
+    (3, 12, 6, torch.float32),
+    (6, 8, 8, torch.bfloat16),
+]
+
+
+def rotation(rotate: Callable[[Tensor, Tensor], Tensor], case: tuple) -> tuple[Tensor, Tensor]:
+    """Heads [5, 2, heads, channels] turned by angles that differ in both halves, and the gradient of them.
+
+    The heads lie inside of a wider tensor, as queries do that were projected together with keys and values.
+    """
+    heads, channels, turned, dtype = case
+    generator = torch.Generator().manual_seed(5)
+    wide = torch.randn(5, 2, heads, channels + 4, generator=generator).to(dtype).requires_grad_()
+    angles = torch.rand(5, 1, 1, turned, generator=generator) * 50
+    turned_SBHD = rotate(wide[..., :channels], angles)
+    turned_SBHD.backward(torch.randn(turned_SBHD.shape, generator=generator).to(dtype).to(turned_SBHD.dtype))
+    assert wide.grad is not None
+    return turned_SBHD.detach(), wide.grad
+
+
 def main(path: str) -> None:
+    from minitron_nemo.engine.rope_kernel import rotate
     from minitron_nemo.losses.kernels import triton_kernel
 
     triton_kernel.BLOCK = 16  # three to a row, the last one not full
-    torch.save([answer(triton_kernel.TritonKernel, case) for case in CASES], path)
+    softmaxes = [answer(triton_kernel.TritonKernel, case) for case in CASES]
+    torch.save([softmaxes, [rotation(rotate, case) for case in ROTATIONS]], path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Run through `minitron_nemo.testing.run_layout`, whose ranks import this module by name.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from minitron_nemo.engine.model import BuildOptions, ModelChunks, build_model
 from minitron_nemo.engine.schedule import forward_hidden
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.testing import random_batch
+from minitron_nemo.testing import random_batch, random_nemo
 from minitron_nemo.training.checkpoints import save_model
 
 ORIGIN = Origin("test")
@@ -30,6 +31,13 @@ def load_model(path: str | Path, groups: Groups, *, stage_layers: list[int] | No
     model = build_model(source.arch, BuildOptions(groups=groups, stage_layers=stage_layers))
     load_weights(model, source.weights, groups)
     return model
+
+
+def random_models(folder: Path, archs: Mapping[str, ModelArch]) -> dict[str, Path]:
+    """A model of random weights for each shape, no two alike."""
+    return {
+        name: random_nemo(folder / f"{name}.nemo", arch, seed=n).path for n, (name, arch) in enumerate(archs.items())
+    }
 
 
 @torch.no_grad()

@@ -28,16 +28,15 @@ ROOMS: dict[str, str] = {
     "data": "errors progress artefacts config",
     "engine": "losses shape distributed config checkpoint",
     "pruning": "errors shape checkpoint importance",
-    "distillation": "checkpoint engine",
+    "distillation": "shape distributed config checkpoint engine",
     "reporting": "errors progress shape artefacts importance pruning",
-    "training": "errors progress losses shape artefacts distributed config checkpoint engine distillation",
+    "training": "errors progress losses shape artefacts distributed config checkpoint data engine distillation",
     "evaluation": "errors progress losses distributed data engine training",
     "steps": "errors progress losses shape artefacts distributed config checkpoint importance data engine pruning "
     "distillation training evaluation",
     "testing": "shape artefacts distributed checkpoint engine",
     "cli": "errors progress distributed config steps",
-    "recipes": "errors progress losses shape artefacts distributed config checkpoint data distillation reporting "
-    "training steps cli",
+    "recipes": "errors progress losses shape artefacts distributed config checkpoint data reporting training steps cli",
 }
 FLOORS = list(ROOMS)
 ARROWS = [(room, below) for room, rooms in ROOMS.items() for below in rooms.split()]
@@ -49,7 +48,9 @@ LOOSE = {"__init__", "cli", "errors", "progress", "testing"}  # the only modules
 DOORS = {
     "megatron": ("minitron_nemo/engine/", "minitron_nemo/data/"),
     "hydra": ("minitron_nemo/config/compose.py",),
-    "omegaconf": tuple(f"minitron_nemo/config/{name}.py" for name in ("compose", "blocks", "schema", "shapes")),
+    "omegaconf": tuple(
+        f"minitron_nemo/config/{name}.py" for name in ("compose", "blocks", "schema", "shapes", "teachers")
+    ),
     "matplotlib": ("minitron_nemo/reporting/plots.py",),
     "huggingface_hub": ("minitron_nemo/checkpoint/formats/hf.py",),
     "tokenizers": ("minitron_nemo/data/tokenizer.py",),
@@ -58,7 +59,7 @@ DOORS = {
     "transformers": (),
     "apex": (),
     "transformer_engine": (),
-    "triton": ("minitron_nemo/losses/kernels/triton_kernel.py",),
+    "triton": ("minitron_nemo/losses/kernels/triton_kernel.py", "minitron_nemo/engine/rope_kernel.py"),
 }
 # What a launcher tells a process about itself is read in one place; the others ask that.
 RANK_NUMBERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"}

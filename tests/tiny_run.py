@@ -64,12 +64,17 @@ pipeline:
       overrides:
         - "prune.target={{hidden_size: null, ffn_hidden_size: null, num_layers: 2}}"
         - prune.output=${{run_dir}}/depth_pruned.nemo
-    - {{recipe: distill}}
+    - recipe: distill
+      overrides:
+        - distill.hidden_states.kinds=[layer_outputs]
+        - distill.teacher_parallel.cpu_offloading_weights=true
     - name: distill, pipeline parallel
       recipe: distill
       overrides:
         - distill.checkpoint=${{run_dir}}/depth_pruned.nemo
         - distill.output=${{run_dir}}/depth_student.nemo
+        - distill.hidden_states.kinds=[layer_outputs]
+        - distill.teacher_parallel.cpu_offloading_weights=true
         - parallel.tensor_model_parallel_size=1
         - parallel.sequence_parallel=false
         - parallel.pipeline_model_parallel_size=2

@@ -6,6 +6,7 @@ answered by an inert record of ours, every other name is refused. Nothing is imp
 
 import io
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,17 @@ def _sizes(size: _Record) -> tuple[int, ...]:
     return tuple(_count(value) for value in values)
 
 
-def metadata_bytes(tensors: dict[str, StoredTensor]) -> bytes:
-    """`.metadata` for these tensors, in the classes torch.distributed.checkpoint itself reads."""
+@dataclass(frozen=True)
+class StoredObjects:
+    """Objects that are one and the same pickle: the bytes of a file that hold it, and their names."""
+
+    names: tuple[str, ...]
+    file: str
+    length: int
+
+
+def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | None = None) -> bytes:
+    """`.metadata` for these tensors and objects, in the classes torch.distributed.checkpoint itself reads."""
     storage_data = {}
     state_dict_metadata: dict[str, dcp.STORAGE_TYPES] = {}
     for key, stored in tensors.items():
@@ -180,5 +190,9 @@ def metadata_bytes(tensors: dict[str, StoredTensor]) -> bytes:
             storage_data[dcp.MetadataIndex(key, chunk.offset)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
         properties = dcp.TensorProperties(dtype=stored.dtype)
         state_dict_metadata[key] = dcp.TensorStorageMetadata(properties, torch.Size(stored.shape), boxes)
+    if objects is not None:
+        for name in objects.names:
+            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(objects.file, 0, objects.length)
+            state_dict_metadata[name] = dcp.BytesStorageMetadata()
     metadata = dcp.Metadata(state_dict_metadata, storage_data=storage_data, version="1.0.0")
     return pickle.dumps(metadata, protocol=4)

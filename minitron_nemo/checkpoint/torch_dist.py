@@ -22,9 +22,17 @@ from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
 from minitron_nemo.checkpoint.hashed_files import HashingFile, VerifiedFile, fill_from
 from minitron_nemo.checkpoint.payload import PlainTensor, find_plain_tensor, read_part
-from minitron_nemo.checkpoint.restricted_metadata import DTYPES, METADATA_FILE, metadata_bytes, one_line, read_metadata
+from minitron_nemo.checkpoint.restricted_metadata import (
+    DTYPES,
+    METADATA_FILE,
+    StoredObjects,
+    metadata_bytes,
+    one_line,
+    read_metadata,
+)
 from minitron_nemo.errors import UserError
 
+NOTHING_FILE = "nothing.pt"
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -190,9 +198,10 @@ class TorchDistWriter:
         return self._records
 
 
-def write_metadata(folder: str | Path, records: list[dict[str, Any]]) -> None:
+def write_metadata(folder: str | Path, records: list[dict[str, Any]], *, nothings: Sequence[str] = ()) -> None:
     """Complete a torch_dist folder: `.metadata`, `metadata.json` and `common.pt` for the chunks of all ranks.
 
+    `nothings` are names of objects that a reader asks for and that hold nothing.
     Raises AssertionError when the chunks do not cover every global tensor exactly.
     """
     folder = Path(folder)
@@ -208,4 +217,8 @@ def write_metadata(folder: str | Path, records: list[dict[str, Any]]) -> None:
         assert fault is None, f"{key}: {fault}"
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(BACKEND))
-    (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors))
+    objects = None
+    if nothings:
+        torch.save([None], folder / NOTHING_FILE)  # Megatron keeps the objects of one name as a list
+        objects = StoredObjects(tuple(nothings), NOTHING_FILE, (folder / NOTHING_FILE).stat().st_size)
+    (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors, objects))

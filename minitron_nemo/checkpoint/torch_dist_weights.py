@@ -14,7 +14,7 @@ from minitron_nemo.checkpoint.source import ShapedSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.tensors import LogicalTensor, TensorRow, logical_tensors, tensor_table
+from minitron_nemo.shape.tensors import LAYER, LogicalTensor, TensorRow, logical_tensors, tensor_table
 
 
 class TorchDistWeights(ShapedSource):
@@ -78,6 +78,17 @@ def stored_box(logical: LogicalTensor, box: Box) -> Box:
     return Box((logical.layer, *box.offset), (1, *box.size))
 
 
+def extra_states(arch: ModelArch) -> list[str]:
+    """Names of what Megatron's layers ask a checkpoint for beside their weights, at its default strictness.
+
+    Transformer Engine keeps the scales of eight-bit products there; of weights in bf16, fp16 or fp32 there are none.
+    """
+    keys = [row.key for row in tensor_table(arch) if row.per_layer and row.key.endswith(".weight")]
+    modules = [key.removesuffix(".weight") for key in keys] + [f"{LAYER}.self_attention.core_attention"]
+    shards = [f"shard_{layer}_{arch.num_layers}" for layer in range(arch.num_layers)]
+    return [f"{module}._extra_state/{shard}" for module in modules for shard in shards]
+
+
 def write_stream(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], *, arch: ModelArch, dtype: torch.dtype
 ) -> dict[str, str]:
@@ -96,5 +107,5 @@ def write_stream(
         chunk = tensor.to(dtype).reshape(box.size)
         writer.write(logical.row.key, chunk, global_shape=stored_shape(logical.row, arch), offset=box.offset)
     assert not missing, f"{next(iter(missing))} and {len(missing) - 1} more tensors did not come"
-    write_metadata(folder, writer.close())
+    write_metadata(folder, writer.close(), nothings=extra_states(arch))
     return {writer.name: writer.sha256}

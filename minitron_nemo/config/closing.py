@@ -109,7 +109,9 @@ def fill_places(config: Config) -> None:
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)
         for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            place = setting_of(field).place
+            place, unless = setting_of(field).place, setting_of(field).unless
+            if unless is not None and getattr(section, unless):
+                continue
             if place is not None and getattr(section, field.name) is None:
                 stem = Path(str(getattr(section, "checkpoint", ""))).name.removesuffix(".nemo")
                 setattr(section, field.name, str(Path(config.run_dir) / place.replace("{checkpoint}", stem)))

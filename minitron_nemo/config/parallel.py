@@ -32,6 +32,13 @@ class RecomputeModule(Enum):
     mlp = "mlp"
 
 
+class CudaGraphImpl(Enum):
+    """Of Megatron's those that its schedules run by themselves."""
+
+    none = "none"
+    local = "local"
+
+
 @dataclass(frozen=True)
 class Recompute:
     """What the backward pass computes again instead of finding it kept, in Megatron's words; by default nothing."""
@@ -132,6 +139,28 @@ class ParallelConfig:
         None, "of `full`, see `recompute_method`", at_most=MAX_LAYERS, unit="layers", how_it_runs=True
     )
     recompute_modules: list[RecomputeModule] = setting([], "of `selective`; empty: `core_attn`", how_it_runs=True)
+
+    cpu_offloading_num_layers: int = count(
+        0,
+        "whose activations wait for the backward pass in the host's memory, the first of each stage or chunk; not "
+        "beside recomputation",
+        at_least=0,
+        at_most=MAX_LAYERS,
+        unit="layers",
+        how_it_runs=True,
+    )
+    tp_comm_overlap: bool = setting(
+        False,
+        "tensor-parallel transfers of the trained model hide behind matrix products; needs `sequence_parallel`, and "
+        "Transformer Engine on GPUs",
+        how_it_runs=True,
+    )
+    cuda_graph_impl: CudaGraphImpl = setting(
+        CudaGraphImpl.none,
+        "`local`: each layer of the trained model is captured as a CUDA graph by Megatron; needs GPUs; not beside "
+        "offloading or recomputation",
+        how_it_runs=True,
+    )
 
     @property
     def recompute(self) -> Recompute:

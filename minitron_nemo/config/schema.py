@@ -12,11 +12,14 @@ from typing import Any
 from omegaconf import MISSING
 
 from minitron_nemo.config.blocks import ScoreBlocksConfig
+from minitron_nemo.config.hidden_states import HiddenStatesConfig
 from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
 from minitron_nemo.config.parallel import MAX_RANKS, ParallelConfig
 from minitron_nemo.config.repairs import RepairsConfig
 from minitron_nemo.config.setting import MAX_SIZE, count, default_of, path, setting, setting_of
 from minitron_nemo.config.shapes import ModelConfig, TargetConfig
+from minitron_nemo.config.teacher import TeacherParallelConfig
+from minitron_nemo.config.teachers import TeacherConfig
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -40,6 +43,20 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Fp8(Enum):
+    e4m3 = "e4m3"
+    hybrid = "hybrid"
+
+
+class Fp8Recipe(Enum):
+    """Transformer Engine's, by Megatron's names."""
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
 @dataclass
 class TrainerConfig:
     """Where and how every step runs; NeMo's key names and meanings."""
@@ -48,6 +65,15 @@ class TrainerConfig:
     num_nodes: int = count(1, "nodes", at_most=MAX_RANKS, how_it_runs=True)
     accelerator: Accelerator = setting(Accelerator.auto, "`auto`: GPUs where there are any", how_it_runs=True)
     precision: Precision = setting(Precision.auto, "`auto`: bf16 on GPU, fp32 on CPU")
+    fp8: Fp8 | None = setting(
+        None,
+        "format of the matrix products inside of layers, of student and teacher: `e4m3`, or `hybrid` with e5m2 for "
+        "gradients; needs bf16, and Transformer Engine on GPUs that know it; null: none",
+        later=True,
+    )
+    fp8_recipe: Fp8Recipe = setting(
+        Fp8Recipe.delayed, "how Transformer Engine scales them; `mxfp8` on Blackwell alone", later=True
+    )
     log_every_n_steps: int = count(
         10, "between records in `metrics.jsonl` and TensorBoard", at_most=MAX_STEPS, unit="steps", how_it_runs=True
     )
@@ -117,6 +143,13 @@ class OptimConfig:
         return min(self.warmup_steps, max_steps - 1)
 
 
+class OnNonFinite(Enum):
+    """What a training step does whose loss or gradient is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class TrainingConfig:
     """What `correct_teacher.training` and `distill.training` have.
@@ -142,6 +175,15 @@ class TrainingConfig:
         0, "the same by the clock of rank 0, as well; 0: by steps alone", at_least=0, unit="minutes", how_it_runs=True
     )
     keep_latest_k: int = count(2, "how many of the newest training checkpoints stay", how_it_runs=True)
+    # How it runs, so that a run that stopped goes on from its checkpoint when it is told to skip.
+    on_non_finite: OnNonFinite = setting(
+        OnNonFinite.stop,
+        "when a loss or a gradient is not finite: end the run, or drop the gradient of that step and go on",
+        how_it_runs=True,
+    )
+    max_skipped_steps: int = count(
+        10, "in a row with `on_non_finite: skip`, before the run ends", unit="steps", how_it_runs=True
+    )
 
 
 @dataclass
@@ -248,7 +290,16 @@ class DistillConfig:
     """Train the student against the frozen teacher's logits (paper 1; paper 2)."""
 
     checkpoint: str | None = path("the student's start", place="pruned.nemo")
-    teacher: str | None = path("the frozen teacher", place="corrected_teacher.nemo")
+    teacher: str | None = path("the frozen teacher", place="corrected_teacher.nemo", unless="teachers")
+    teachers: dict[str, TeacherConfig] = setting(
+        {}, "instead of `teacher`, several: a name, its checkpoint and its weights by source of data", later=True
+    )
+    check_teacher: bool = setting(
+        True,
+        "before the first step: its weights are finite and not all zero, and on held-out text it guesses better than "
+        "chance",
+        how_it_runs=True,
+    )
     teacher_model: ModelConfig | None = setting(
         None,
         "fields of `model`: shape of the teacher for `dry_run`, where it is not the model that is cut",
@@ -271,17 +322,19 @@ class DistillConfig:
         1.0, "weight of the divergence; the papers use forward KL alone", at_least=0, at_most=10**6
     )
     cross_entropy_weight: float = setting(0.0, "weight of the cross-entropy with the text", at_least=0, at_most=10**6)
+    hidden_states: HiddenStatesConfig = field(default_factory=HiddenStatesConfig)
     chunk_tokens: int = count(
         1024, "whose logits exist at a time; `correct_teacher` uses it too", unit="tokens", how_it_runs=True
     )
     teacher_window: int = count(
         32,
-        "whose teacher states wait on the last stage of a pipeline; 0: all of a step; the pipeline fills and empties "
+        "whose teacher states wait on the stages of a pipeline; 0: all of a step; the pipeline fills and empties "
         "for each window, which costs (stages - 1) / window of the time",
         at_least=0,
         unit="micro-batches",
         how_it_runs=True,
     )
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
@@ -329,6 +382,7 @@ class PipelineConfig:
         [StepConfig(recipe=name) for name in PAPER_CHAIN],
         "what `recipes/pipeline.py` runs, in order; the default is the paper's chain of eight recipes, see above",
     )
+    notice: str | None = setting(None, "said before the first step: how long they take, and where that was measured")
 
 
 @dataclass

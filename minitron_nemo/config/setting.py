@@ -26,7 +26,8 @@ class Setting:
 
     `how_it_runs`: it changes how a step runs and not what it makes, so no fingerprint holds it. A `path` is such a
     setting: what lies there is hashed by its content. `place`: where the path is under `run_dir` when none is given;
-    `{checkpoint}` stands for the name of the section's checkpoint. `later`: declared after outputs existed; at its
+    `{checkpoint}` stands for the name of the section's checkpoint; `unless` another field of the section, which says
+    something, stands in for the path. `later`: declared after outputs existed; at its
     default no fingerprint holds it, so that those outputs stay current.
     """
 
@@ -45,6 +46,7 @@ class Setting:
     later: bool = False
     path: bool = False
     place: str | None = None
+    unless: str | None = None
 
     @property
     def allowed(self) -> str:
@@ -102,6 +104,7 @@ def setting(
     later: bool = False,
     path: bool = False,
     place: str | None = None,
+    unless: str | None = None,
 ) -> Any:
     """A dataclass field with its `Setting`; a list, mapping or section as default is copied for each section."""
     known = Setting(
@@ -120,6 +123,7 @@ def setting(
         later=later,
         path=path,
         place=place,
+        unless=unless,
     )
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={KEY: known})
@@ -140,9 +144,9 @@ def count(
     return setting(default, help, at_least=at_least, at_most=at_most, unit=unit, how_it_runs=how_it_runs, later=later)
 
 
-def path(help: str, *, default: Any = None, place: str | None = None) -> Any:
+def path(help: str, *, default: Any = None, place: str | None = None, unless: str | None = None) -> Any:
     """A field that holds the path of something."""
-    return setting(default, help, how_it_runs=True, path=True, place=place)
+    return setting(default, help, how_it_runs=True, path=True, place=place, unless=unless)
 
 
 def setting_of(field: "dataclasses.Field[Any]") -> Setting:

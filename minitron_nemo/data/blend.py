@@ -43,14 +43,21 @@ class Blend:
             return self.seed
         return int.from_bytes(hashlib.sha256(f"{self.purpose} {self.seed}".encode()).digest()[:4], "big")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the corpora in the order in which micro-batches count them.
+
+        Sorted, because Megatron breaks ties by position and the order of keys in a file should mean nothing.
+        """
+        return tuple(sorted(self.weights))
+
     def check(self) -> dict[str, Path]:
         """The path prefix of every corpus, by name; UserError for one that is missing, damaged or not this model's."""
         if not self.weights:
             raise UserError(
                 "data.blend is empty: name at least one corpus and its weight, such as +data.blend.text=1.0"
             )
-        # Sorted, because Megatron breaks ties by position and the order of keys in a file should mean nothing.
-        prefixes = {name: find_corpus(name, self.prepared) for name in sorted(self.weights)}
+        prefixes = {name: find_corpus(name, self.prepared) for name in self.sources}
         for prefix in prefixes.values():
             cache = self.cache if self.verify else None
             check_corpus(prefix, tokenizer=self.tokenizer, vocab_size=self.vocab_size, cache=cache)

@@ -45,6 +45,7 @@ def calibration_set(blend: Blend, *, num_samples: int) -> CalibrationSet:
     train, _ = build_datasets(own, num_train=num_samples, num_valid=0)
     assert train is not None
     values = batch(train, range(num_samples), documents=blend.reset_attention_mask)
+    del values["sources"]  # scores know no sources
     return CalibrationSet(fingerprint=tokens_fingerprint(values["tokens"]), **values)
 
 

@@ -75,11 +75,15 @@ def build_datasets(blend: Blend, *, num_train: int, num_valid: int) -> tuple[Dat
 def batch(dataset: Any, indices: Sequence[int], *, documents: bool = False) -> dict[str, torch.Tensor]:
     """`tokens`, `labels` (int64) and `loss_mask` (float32) of these samples, each [b, s] on the CPU.
 
-    And, when asked for, `documents` (int64): the number of each token's document in its sample.
+    And `sources` (int64): the number, in `Blend.sources`, of the corpus that each token's sample is from. And, when
+    asked for, `documents` (int64): the number of each token's document in its sample.
     """
     samples = [dataset[index] for index in indices]
     values = {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
     _check_ids(values, samples, dataset=dataset, indices=indices)
+    # Of one corpus alone Megatron's samples do not say which it is.
+    numbers_B1 = torch.tensor([[int(sample.get("dataset_id", 0))] for sample in samples])
+    values["sources"] = numbers_B1.expand_as(values["tokens"])
     if documents:
         is_end_BS = (values["tokens"] == dataset.config.tokenizer.eod).long()
         values["documents"] = is_end_BS.cumsum(dim=1) - is_end_BS  # an end token belongs to what it ends

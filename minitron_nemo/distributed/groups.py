@@ -58,11 +58,15 @@ class Groups:
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Each flag as true on every rank if it was on one: what all must do alike. Collective, one small reduction."""
+        return [bool(value) for value in self.largest(*map(float, flags))]
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks, on every rank. Collective, one small reduction."""
         if self.layout.world_size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()]
+            return list(values)
+        most = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.tolist()
 
     def share_json(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, on every rank; bytes cross, never pickles."""
@@ -80,15 +84,19 @@ class Groups:
         return [json.loads(bytes(part[: int(size)].cpu().tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def sum_over_batch(self, sums: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, float]:
-        """Named sums of micro-batches, which the last stage holds, summed over the global batch; known on every rank.
+        """Named sums of micro-batches, summed over the global batch and the pipeline stages; known on every rank.
 
-        `names` are the keys of every mapping: the other stages have none to read them from.
+        A stage has those of `names` that it knows, and the others count as nothing there: those of the output heads are
+        on the last. Stages are added up in their order, so every rank gets the same bits.
         """
         total = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if sums:
-            total += torch.stack([torch.stack([part[name] for name in names]) for part in sums]).sum(dim=0)
+            nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+            total += torch.stack([torch.stack([part.get(name, nothing) for name in names]) for part in sums]).sum(dim=0)
         if self.batch is not None:
             dist.all_reduce(total, group=self.batch)
         if self.pp is not None:
-            dist.broadcast(total, src=self.last_stage_rank, group=self.pp)
+            by_stage = [torch.empty_like(total) for _ in range(self.layout.pp)]
+            dist.all_gather(by_stage, total, group=self.pp)
+            total = torch.stack(by_stage).sum(dim=0)
         return dict(zip(names, total.tolist(), strict=True))

@@ -33,6 +33,16 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A rank's number in its group of each kind."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """Degrees of tensor, pipeline, context and data parallelism, and chunks of the model on each pipeline stage.
 
@@ -85,12 +95,31 @@ class Layout:
     def world_size(self) -> int:
         return self.model_ranks * self.batch_ranks
 
-    def check(self, arch: ModelArch, *, name: str = "model", stages: Sequence[int] | None = None) -> None:
-        """Refuse a shape that this layout cannot be laid over, naming the sizes; `stages` as in `stages`."""
+    def place(self, rank: int) -> Place:
+        """Where a rank of the world is: Megatron's order, tensor parallel ranks being neighbors, then context, data."""
+        return Place(
+            tp=rank % self.tp,
+            cp=rank // self.tp % self.cp,
+            dp=rank // (self.tp * self.cp) % self.dp,
+            pp=rank // (self.tp * self.cp * self.dp),
+        )
+
+    def check(
+        self,
+        arch: ModelArch,
+        *,
+        name: str = "model",
+        stages: Sequence[int] | None = None,
+        setting: str = "parallel.tensor_model_parallel_size",
+    ) -> None:
+        """Refuse a shape that this layout cannot be laid over, naming the sizes; `stages` as in `stages`.
+
+        `setting` is what gave the tensor-parallel degree.
+        """
         for axis in SPLIT_OVER_TP:
             if (size := getattr(arch, axis)) % self.tp:
                 raise UserError(
-                    f"parallel.tensor_model_parallel_size={self.tp}: must divide the {name}'s {axis}={size}; "
+                    f"{setting}={self.tp}: must divide the {name}'s {axis}={size}; "
                     f"allowed are {', '.join(map(str, legal_tp(arch)[:12]))}"
                 )
         try:
@@ -98,13 +127,12 @@ class Layout:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
-    def check_sequence(self, seq_length: int) -> None:
-        """Refuse a sequence that its ranks cannot share evenly."""
+    def check_sequence(self, seq_length: int, *, setting: str = "tensor_model_parallel_size") -> None:
+        """Refuse a sequence that its ranks cannot share evenly; `setting` is what gave the tensor-parallel degree."""
         if self.sequence_parallel and (seq_length // self.cp) % self.tp:
             context = f" x context_parallel_size={self.cp}" if self.cp > 1 else ""
             raise UserError(
-                f"data.seq_length={seq_length}: sequence parallelism needs a multiple of "
-                f"tensor_model_parallel_size={self.tp}{context}"
+                f"data.seq_length={seq_length}: sequence parallelism needs a multiple of {setting}={self.tp}{context}"
             )
         if self.cp > 1 and seq_length % (2 * self.cp):
             raise UserError(

@@ -3,12 +3,19 @@
 Megatron's local attention materializes the score matrix; this one is faster on CPU and lets a GPU without
 Transformer Engine train at 8k context.
 
-Under context parallelism a rank has two chunks of each sequence, c of 2C (`distributed.layout.context_chunks`), and
-asks the keys and values of all ranks: chunk c those up to its own end.
+Documents that are kept apart go through it one by one, as cumulative lengths say; no mask of S x S exists. On a GPU a
+kernel takes them all at once, where torch has it.
 
-Shapes: S whole sequence, T tokens of it on this rank, Q of a chunk, B batch, H heads, G query groups, D channels.
+Under context parallelism a rank has two chunks of each sequence, c of 2C (`distributed.layout.context_chunks`), and
+asks the keys and values of all ranks: chunk c those up to its own end, of the same document where a mask says so.
+
+Shapes: S whole sequence, T tokens of it on this rank, Q of a chunk, P of a whole micro-batch, B batch, H heads, G query
+groups, D channels, E documents.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +31,8 @@ from minitron_nemo.distributed.layout import context_chunks
 class SdpaCoreAttention(MegatronModule):
     """Causal attention with grouped queries; fills the `core_attention` slot of a Megatron layer spec.
 
-    Without a mask attention is causal; a mask says all, in Megatron's sense of True for what is not seen.
+    Without a mask attention is causal. A mask says all, in Megatron's sense of True for what is not seen; of one
+    dimension it holds cumulative lengths (`cumulative_lengths`), and attention is causal inside of each.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
@@ -35,8 +43,10 @@ class SdpaCoreAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """[T, B, H, D], twice [T, B, G, D], None or [B, 1, T, S] with causality in it -> [T, B, H * D]."""
+        """[T, B, H, D], twice [T, B, G, D], None or [E + 1] or [B, 1, T, S] with causality in it -> [T, B, H * D]."""
         if (ranks := self.context.size()) == 1:
+            if attention_mask is not None and attention_mask.dim() == 1:
+                return self._attend_apart(query, key, value, attention_mask)
             return self._attend(query, key, value, attention_mask)
         key, value = (_WholeSequence.apply(x, self.context) for x in (key, value))
         if attention_mask is None:
@@ -62,6 +72,32 @@ class SdpaCoreAttention(MegatronModule):
             enable_gqa=key.shape[2] != query.shape[2],
         )
         return out_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend_apart(self, query: Tensor, key: Tensor, value: Tensor, ends_E: Tensor) -> Tensor:
+        """Causal attention of documents that follow each other through the samples: lengths add up to `ends_E`."""
+        length, samples = query.shape[:2]
+        parts = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]  # [P, heads, D]
+        if (kernel := _kernel_for_lengths(query.device)) is not None and query.dtype in (torch.bfloat16, torch.float16):
+            out_PHD = kernel(
+                *parts, ends_E, ends_E, length, length, window_size=(-1, 0), scale=self.softmax_scale, enable_gqa=True
+            )
+        else:
+            lengths = ends_E.diff().tolist()
+            each = zip(*(x.unsqueeze(1).split(lengths) for x in parts), strict=True)
+            out_PHD = torch.cat([self._attend(q, k, v, None) for q, k, v in each])
+        return out_PHD.view(samples, length, -1).transpose(0, 1)
+
+
+@functools.cache
+def _kernel_for_lengths(device: torch.device) -> Callable[..., Any] | None:
+    """torch's flash attention over cumulative lengths, where it is and knows grouped queries; GPUs only."""
+    if device.type != "cuda":
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 class _WholeSequence(torch.autograd.Function):
@@ -101,10 +137,24 @@ def later(positions_T: Tensor, length: int) -> Tensor:
     return positions_T[:, None] < torch.arange(length, device=positions_T.device)
 
 
-def mask_apart(documents_BS: Tensor, positions_T: Tensor) -> Tensor:
-    """[B, 1, T, S], True where a token of the row may not see that of the column: a later one, or another document's.
-
-    Megatron's `reset_attention_mask`. Positions need no reset: rotary embeddings depend on differences alone.
+def apart(documents_BS: Tensor, context: ProcessGroup) -> Tensor:
+    """What keeps documents apart (Megatron's `reset_attention_mask`): cumulative lengths, or a mask where ranks share
+    each sequence. Positions need no reset: rotary embeddings depend on differences alone.
     """
+    if context.size() == 1:
+        return cumulative_lengths(documents_BS)
+    return mask_apart(documents_BS, own_positions(documents_BS.shape[1], context).to(documents_BS.device))
+
+
+def cumulative_lengths(documents_BS: Tensor) -> Tensor:
+    """[E + 1], int32: where documents begin, one sample after the other, and the end of the last; from 0."""
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    begins = begins_BS.flatten().nonzero().flatten()
+    return torch.cat([begins, begins.new_tensor([documents_BS.numel()])]).int()
+
+
+def mask_apart(documents_BS: Tensor, positions_T: Tensor) -> Tensor:
+    """[B, 1, T, S], True where a token of the row may not see that of the column: later, or of another document."""
     is_other_BTS = documents_BS[:, positions_T, None] != documents_BS[:, None, :]
     return (later(positions_T, documents_BS.shape[1]) | is_other_BTS)[:, None]

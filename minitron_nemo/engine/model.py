@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import warnings
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,8 +24,10 @@ from torch.distributed import ProcessGroup
 
 from minitron_nemo.config.parallel import Recompute
 from minitron_nemo.distributed.groups import Groups
+from minitron_nemo.engine.accelerations import allow_cuda_graphs
 from minitron_nemo.engine.attention import SdpaCoreAttention
 from minitron_nemo.engine.norm import Norm
+from minitron_nemo.engine.offload import offload_activations
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.rope import rotary_inverse_frequencies
 
@@ -51,6 +54,11 @@ class BuildOptions:
     groups: Groups
     dtype: torch.dtype = torch.float32
     recompute: Recompute = Recompute()
+    cpu_offloading_num_layers: int = 0
+    tp_comm_overlap: bool = False
+    cuda_graph_impl: str = "none"
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -59,10 +67,13 @@ class BuildOptions:
     reset_attention_mask: bool = False
     # Stage splits are per model, because teacher and student have their own.
     stage_layers: list[int] | None = None
+    own_groups: ProcessGroupCollection | None = None  # None: Megatron's of the ranks' layout
 
     def computing_once(self) -> "BuildOptions":
         """The same for a model that is not trained, or whose every activation is heard."""
-        return dataclasses.replace(self, recompute=Recompute())
+        return dataclasses.replace(
+            self, recompute=Recompute(), cpu_offloading_num_layers=0, tp_comm_overlap=False, cuda_graph_impl="none"
+        )
 
 
 def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerConfig:
@@ -74,13 +85,6 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
         extra["pipeline_model_parallel_layout"] = rows
-    recompute = options.recompute
-    extra |= dict(
-        recompute_granularity=recompute.granularity,
-        recompute_method=recompute.method,
-        recompute_num_layers=recompute.num_layers,
-        recompute_modules=list(recompute.modules) or None,
-    )
     te, on_gpu = has_transformer_engine(groups.device), groups.device.type == "cuda"
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -113,18 +117,44 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         embedding_init_method=_leave,
         calculate_per_token_loss=True,  # sums over tokens; divided once by the tokens of the global batch
         gradient_accumulation_fusion=options.gradient_accumulation_fusion,
-        bias_activation_fusion=te and arch.is_gated,
+        bias_activation_fusion=on_gpu and arch.is_gated,  # by torch.compile
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=te,
+        apply_rope_fusion=te or _has_rope_kernel(groups.device),
         deallocate_pipeline_outputs=True,
         # Interleaved, two stages send to each other both ways at a time, which a batch would mix up. Sending while the
         # next chunk runs needs CUDA's streams: gloo would send what is overwritten already.
         batch_p2p_comm=on_gpu and layout.vpp == 1,
         overlap_p2p_comm=on_gpu and layout.vpp > 1,
+        **_asked_for(options),
         **extra,
     )
+
+
+def _asked_for(options: BuildOptions) -> dict[str, Any]:
+    """What trades memory, precision and time, in Megatron's words."""
+    recompute = options.recompute
+    return dict(
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        recompute_modules=list(recompute.modules) or None,
+        tp_comm_overlap=options.tp_comm_overlap,
+        cuda_graph_impl=options.cuda_graph_impl,
+        fp8=options.fp8,
+        fp8_recipe=options.fp8_recipe,
+    )
+
+
+def _has_rope_kernel(device: torch.device) -> bool:
+    """Whether Triton turns queries and keys on this device; Megatron is told of it."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from minitron_nemo.engine.rope_kernel import serve_megatron
+
+    serve_megatron()
+    return True
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -154,8 +184,9 @@ class HeadlessGPT(GPTModel):
     micro-batch never exist (docs/architecture.md, "The teacher emits hidden states").
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        self.own_groups = pg_collection
         if self.post_process:
             # Called, not read: where ranks gather parameters during the forward pass, the call waits for the head's.
             self.output_layer.forward = self._shared_or_own_weight
@@ -170,9 +201,11 @@ class HeadlessGPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
             # Gathers the sequence; its backward sums the partial gradients of the ranks and scatters them.
-            return tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+            return tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
         if self.post_process and self.config.tensor_model_parallel_size > 1:
-            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
         return hidden_states
 
     def head_weight(self) -> Tensor:
@@ -190,6 +223,11 @@ class ModelChunks(nn.ModuleList):
     def config(self) -> Any:
         """Megatron's configuration, which all chunks share."""
         return self[0].config
+
+    @property
+    def own_groups(self) -> ProcessGroupCollection | None:
+        """Megatron's record of groups where they are not those of the ranks' layout."""
+        return self.gpts()[0].own_groups
 
     @property
     def context(self) -> ProcessGroup:
@@ -219,14 +257,39 @@ def unwrap(chunk: Any) -> HeadlessGPT:
     return chunk
 
 
-def build_model(arch: ModelArch, options: BuildOptions) -> ModelChunks:
-    """This rank's part of the model, weights not yet loaded (see `engine.weights.load_weights`)."""
+def build_model(arch: ModelArch, options: BuildOptions, *, on_meta: bool = False) -> ModelChunks:
+    """This rank's part of the model, weights not yet loaded (see `engine.weights.load_weights`).
+
+    `on_meta`: layers have shapes and no memory; what is before and after them has.
+    """
     layout = options.groups.layout
     layout.check(arch, stages=options.stage_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what Transformer Engine would not need recomputed
         config = transformer_config(arch, options)
-    return ModelChunks(_build_chunk(arch, options, config, number=number) for number in range(layout.vpp))
+    allow_cuda_graphs(config)
+    device: AbstractContextManager[Any] = nullcontext()
+    if on_meta:
+        # Transformer Engine asks Megatron where its weights go; the others take the default, if no GPU is named.
+        te = config.init_model_with_meta_device = has_transformer_engine(options.groups.device)
+        config.use_cpu_initialization = not te
+        device = nullcontext() if te else torch.device("meta")
+    with device:
+        model = ModelChunks(_build_chunk(arch, options, config, number=number) for number in range(layout.vpp))
+    if on_meta:
+        for chunk in model.gpts():
+            _give_memory_to_ends(chunk, options)
+    return model
+
+
+def _give_memory_to_ends(chunk: HeadlessGPT, options: BuildOptions) -> None:
+    """Memory, not values, for the parameters of a chunk on the meta device that belong to no layer."""
+    in_layers = {id(parameter) for parameter in chunk.decoder.layers.parameters()}
+    for module in chunk.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in in_layers and parameter.is_meta:
+                there = torch.empty(parameter.shape, dtype=options.dtype, device=options.groups.device)
+                module.register_parameter(name, nn.Parameter(there))
 
 
 def _build_chunk(arch: ModelArch, options: BuildOptions, config: TransformerConfig, *, number: int) -> HeadlessGPT:
@@ -248,7 +311,11 @@ def _build_chunk(arch: ModelArch, options: BuildOptions, config: TransformerConf
             position_embedding_type="rope",
             rotary_percent=arch.rotary_percent,
             rotary_base=int(arch.rotary_base),
+            pg_collection=options.own_groups,
         )
     # One formula for every family: Megatron's own Llama-3 scaling fixes the original context length at 8192.
-    model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(arch).to(groups.device)
-    return model.to(device=groups.device, dtype=options.dtype)
+    with torch.device("cpu"):
+        model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(arch).to(groups.device)
+    offload_activations(model.decoder.layers[: options.cpu_offloading_num_layers])
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return model.to(device=None if on_meta else groups.device, dtype=options.dtype)

@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from minitron_nemo.engine.attention import mask_apart, own_positions
+from minitron_nemo.engine.attention import apart, own_positions
 from minitron_nemo.engine.model import HeadlessGPT, ModelChunks, unwrap
 from minitron_nemo.losses.output import TOKENS, LossOutput
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask: [b, s] each; documents where they are apart
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask, sources: [b, s] each; documents where they are apart
 GetBatch = Callable[[int, int], Batch]  # (first sample, count) -> a micro-batch
 # (the chunk with the head, hidden states [s, b, h], the micro-batch, its context) -> the loss; on the last stage only
 GetLoss = Callable[[HeadlessGPT, Tensor, Batch, Any], LossOutput]
 GetContexts = Callable[[list[Batch]], Iterable[Any]]  # micro-batches -> one context for each, in order
+# (the micro-batch, its context) -> what is entered around its forward pass through a chunk; on every stage
+Around = Callable[[Batch, Any], AbstractContextManager[Any]]
 
 
 def calls(firsts: Sequence[int], *, stages: int) -> Iterator[Sequence[int]]:
@@ -31,8 +34,20 @@ def calls(firsts: Sequence[int], *, stages: int) -> Iterator[Sequence[int]]:
     yield from (firsts[start : start + size] for start in range(0, len(firsts), size))
 
 
+def nothing_around(batch: Batch, context: Any) -> AbstractContextManager[Any]:
+    """The `Around` of a forward pass that nobody needs to know of."""
+    return nullcontext()
+
+
 def run_schedule(
-    model: ModelChunks, batches: list[Batch], *, contexts: GetContexts, loss: GetLoss, train: bool, window: int = 0
+    model: ModelChunks,
+    batches: list[Batch],
+    *,
+    contexts: GetContexts,
+    loss: GetLoss,
+    train: bool,
+    window: int = 0,
+    around: Around = nothing_around,
 ) -> list[dict[str, Tensor]]:
     """The sums of every micro-batch's loss on the last stage, an empty list elsewhere.
 
@@ -42,15 +57,19 @@ def run_schedule(
     """
     size = window or len(batches)
     windows = [batches[start : start + size] for start in range(0, len(batches), size)]
+
+    def run(part: list[Batch], waiting: Iterable[Any]) -> list[dict[str, Tensor]]:
+        return _run_window(model, part, waiting, loss=loss, train=train, around=around)
+
     if not train or len(windows) == 1:
-        return [sums for part in windows for sums in _run_window(model, part, contexts(part), loss, train)]
+        return [sums for part in windows for sums in run(part, contexts(part))]
     results = []
     with _finalized_once(model) as held:
         for part in windows[:-1]:
             waiting = contexts(part)
             with held():
-                results += _run_window(model, part, waiting, loss, train)
-        return results + _run_window(model, windows[-1], contexts(windows[-1]), loss, train)
+                results += run(part, waiting)
+        return results + run(windows[-1], contexts(windows[-1]))
 
 
 @contextmanager
@@ -85,7 +104,7 @@ def _finalized_once(model: ModelChunks) -> Iterator[Callable]:
 
 
 def _run_window(
-    model: ModelChunks, batches: list[Batch], contexts: Iterable[Any], loss: GetLoss, train: bool
+    model: ModelChunks, batches: list[Batch], contexts: Iterable[Any], *, loss: GetLoss, train: bool, around: Around
 ) -> list[dict[str, Tensor]]:
     """One schedule over micro-batches whose contexts are there."""
 
@@ -96,7 +115,8 @@ def _run_window(
             output = loss(unwrap(part), hidden_SBH, batch, context)
             return output.total, output.sums[TOKENS].to(torch.int), output.sums
 
-        return _forward(part, batch), finish
+        with around(batch, context):
+            return _forward(part, batch), finish
 
     items = zip(_own_parts(model, batches), contexts, strict=True)
     return _schedule(model, items, forward_step, batches, not train)
@@ -137,18 +157,18 @@ def forward_variants(
 
 
 def _own_parts(model: ModelChunks, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """What this context-parallel rank has of every micro-batch; `documents` stay whole, for the mask."""
+    """What this context-parallel rank has of every micro-batch, and the mask where `documents` are apart."""
     for batch in batches:
-        tokens = batch["tokens"]
+        documents, tokens = batch.get("documents"), batch["tokens"]
         positions = own_positions(tokens.shape[1], model.context).to(tokens.device)
-        own = {name: x if name == "documents" else x[:, positions] for name, x in batch.items()}
-        yield {**own, "positions": positions}
+        own = {name: x[:, positions] for name, x in batch.items() if name != "documents"}
+        mask = {} if documents is None else {"mask": apart(documents, model.context)}
+        yield {**own, **mask, "positions": positions}
 
 
 def _forward(chunk: Any, batch: Batch) -> Tensor:
-    tokens, positions, documents = batch["tokens"], batch["positions"], batch.get("documents")
-    mask = None if documents is None else mask_apart(documents, positions)
-    return chunk(tokens, positions.expand_as(tokens), mask)
+    tokens = batch["tokens"]
+    return chunk(tokens, batch["positions"].expand_as(tokens), batch.get("mask"))
 
 
 def _schedule(
@@ -160,6 +180,8 @@ def _schedule(
     **options: Any,
 ) -> list[Any]:
     micro_batch_size, seq_length = batches[0]["tokens"].shape
+    if (own := model.own_groups) is not None:
+        options |= {"pg_collection": own, "p2p_communicator": P2PCommunicator(own.pp, model.config)}
     # Each chunk goes through all items; one alone takes them as they are made.
     each = [iter(items)] if len(model) == 1 else [iter(copy) for copy in [list(items)] * len(model)]
     return get_forward_backward_func()(

@@ -4,17 +4,17 @@ Where a rank's part lies in a logical tensor is said by the packing of the dimen
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.source import TensorSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistWriter, write_metadata
-from minitron_nemo.checkpoint.torch_dist_weights import stored_box
+from minitron_nemo.checkpoint.torch_dist_weights import extra_states, stored_box
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.engine.model import HeadlessGPT, ModelChunks
 from minitron_nemo.shape.arch import ModelArch
@@ -36,11 +36,16 @@ class LocalPiece:
     offset: tuple[int, ...]
 
 
-def local_pieces(model: ModelChunks, arch: ModelArch, groups: Groups) -> Iterator[LocalPiece]:
-    """Every block of logical tensors that this rank holds, as views of its parameters."""
+def local_pieces(
+    model: ModelChunks, arch: ModelArch, groups: Groups, *, only: Iterable[nn.Parameter] | None = None
+) -> Iterator[LocalPiece]:
+    """Every block of logical tensors that this rank holds, as views of its parameters; of `only` some when given."""
     table = logical_tensors(arch)
+    wanted = None if only is None else {id(parameter) for parameter in only}
     for chunk in model.gpts():
         for name, parameter in chunk.named_parameters():
+            if wanted is not None and id(parameter) not in wanted:
+                continue
             logical_name = _logical_name(name, _first_layer(chunk))
             if logical_name == OUTPUT and OUTPUT not in table:
                 logical_name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
@@ -75,16 +80,36 @@ def _pieces(logical: LogicalTensor, local: Tensor, groups: Groups) -> Iterator[L
 
 
 @torch.no_grad()
-def load_weights(model: ModelChunks, source: TensorSource, groups: Groups) -> None:
-    """Fill this rank's parameters from a source of any layout; vocabulary padding rows become zero."""
-    for piece in local_pieces(model, source.arch, groups):
-        rows = piece.local.shape[0]
-        if piece.logical.row.is_vocabulary:
-            rows = max(0, min(rows, source.arch.vocab_size - piece.offset[0]))
-            piece.local[rows:].zero_()
-        if rows:
-            box = Box(piece.offset, (rows, *piece.local.shape[1:]))
-            piece.local[:rows].copy_(source.read(piece.logical.name, box))
+def load_weights(
+    model: ModelChunks, source: TensorSource, groups: Groups, *, only: Iterable[nn.Parameter] | None = None
+) -> None:
+    """Fill this rank's parameters, or `only` some of them, from a source of any layout.
+
+    The vocabulary's padding rows become zero.
+    """
+    for piece in local_pieces(model, source.arch, groups, only=only):
+        _read(piece, source)
+
+
+@torch.no_grad()
+def load_head(source: TensorSource, groups: Groups, *, dtype: torch.dtype) -> Tensor:
+    """This rank's rows of the output head alone, as though `groups` were the model's: [padded vocabulary / tp, h]."""
+    table = logical_tensors(source.arch)
+    rows = groups.layout.padded_vocab_size(source.arch) // groups.layout.tp
+    weight = torch.empty(rows, source.arch.hidden_size, dtype=dtype, device=groups.device)
+    (piece,) = _pieces(table.get(OUTPUT, table[EMBEDDING]), weight, groups)
+    _read(piece, source)
+    return weight
+
+
+def _read(piece: LocalPiece, source: TensorSource) -> None:
+    rows = piece.local.shape[0]
+    if piece.logical.row.is_vocabulary:
+        rows = max(0, min(rows, source.arch.vocab_size - piece.offset[0]))
+        piece.local[rows:].zero_()
+    if rows:
+        box = Box(piece.offset, (rows, *piece.local.shape[1:]))
+        piece.local[:rows].copy_(source.read(piece.logical.name, box))
 
 
 def write_weights(folder: Path, model: ModelChunks, arch: ModelArch, groups: Groups) -> dict[str, str]:
@@ -106,7 +131,7 @@ def write_weights(folder: Path, model: ModelChunks, arch: ModelArch, groups: Gro
     records = groups.share_json({"records": writer.close(), "name": writer.name, "sha256": writer.sha256})
     if not groups.is_main:
         return {}
-    write_metadata(folder, [record for part in records for record in part["records"]])
+    write_metadata(folder, [record for part in records for record in part["records"]], nothings=extra_states(arch))
     return {part["name"]: part["sha256"] for part in records}
 
 

@@ -13,6 +13,20 @@ TOP1_AGREEMENT = "top1_agreement"
 TEACHER_ENTROPY = "teacher_entropy"
 
 
+def of_bin(quantity: str, name: str) -> str:
+    """The name of a quantity's sum over some tokens alone, such as `forward_kl/source_code`.
+
+    Where there is one, `tokens/source_code` counts them.
+    """
+    return f"{quantity}/{name}"
+
+
+def bin_of(name: str) -> tuple[str, str]:
+    """(quantity, bin) of a sum's name; the bin is empty where the sum is over all tokens."""
+    quantity, _, inside = name.partition("/")
+    return quantity, inside
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """`total`: the loss summed over unmasked tokens, differentiable, a scalar. `sums`: detached float64 scalars by

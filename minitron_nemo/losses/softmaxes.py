@@ -119,12 +119,22 @@ class Factors:
 
     @classmethod
     def of(
-        cls, whole: Softmaxes, mask_N: Tensor, *, kl_weight: float, cross_entropy_weight: float, temperature: float
+        cls,
+        whole: Softmaxes,
+        mask_N: Tensor,
+        *,
+        kl_weight: float,
+        cross_entropy_weight: float,
+        temperature: float,
+        share_N: Tensor | None = None,
     ) -> "Factors":
+        """`share_N` multiplies the weight of each token's divergence; None: 1."""
         tau, teacher = temperature, whole.teacher if kl_weight else None
         max_t = factor_s = factor_t = factor_1 = weight_1 = None
         if teacher is not None:
             weight_N = kl_weight * tau * mask_N
+            if share_N is not None:
+                weight_N = weight_N * share_N
             max_t = teacher.max_t
             factor_s = weight_N * (whole.max_s / tau - whole.lse_s).exp()
             factor_t = weight_N * (max_t / tau - teacher.lse_t).exp()

@@ -74,7 +74,7 @@ def _folders_by_hash(run_dir: Path) -> dict[str, Path]:
 
 def _part(manifest: Manifest, folders: Mapping[str, Path]) -> str:
     """A model is a student or a baseline by what its manifest names, never by its own name."""
-    if not {"student", "teacher"} <= set(manifest.parents):
+    if "student" not in manifest.parents or not any(role.startswith("teacher") for role in manifest.parents):
         return OTHER
     if manifest.config.get("kl_weight") == 0:
         return WITHOUT_TEACHER

@@ -96,7 +96,10 @@ def _curves(report: Report) -> str:
     rows = [training_row(name, making) for name, making in report.made.items() if making.steps]
     if not svg and not rows:
         return ""
-    caption = "Thin: training batches. Marked: validation. Early steps may lie above the frame; KL is on a log axis."
+    caption = (
+        "Thin: training batches. Marked: validation. Early steps may lie above the frame; KL over tokens is on a log "
+        "axis. By place in the sample: at the last validation."
+    )
     legend = _legend({name: plots.color_of(name, names) for name in report.curves})
     note = '<p class="soft">Time is that of the steps, without validation and saving.</p>' if rows else ""
     return _section(

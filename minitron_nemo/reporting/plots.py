@@ -74,7 +74,9 @@ Series = tuple[list[float], list[float]]
 
 
 def loss_curves(curves: Mapping[str, Records], names: Sequence[str]) -> str:
-    """Training (thin) and validation (marked) losses over the tokens of each run; empty without records."""
+    """Training (thin) and validation (marked) losses over the tokens of each run, and the last validation's forward KL
+    by the place in the sample; empty without records.
+    """
     panels = [
         ("Cross-entropy", "cross_entropy", "val_cross_entropy"),
         ("Forward KL from the teacher", "forward_kl", "val_forward_kl"),
@@ -94,7 +96,29 @@ def loss_curves(curves: Mapping[str, Records], names: Sequence[str]) -> str:
                 axis.set_ylim(top=1.05 * max(tops))
             axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
             axis.xaxis.set_major_locator(MaxNLocator(4))
+    if places := {name: found for name, records in curves.items() if (found := _by_place(records))[1]}:
+        title = "Forward KL by place in the sample"
+        with _panel(title, pictures) as axis:
+            for name, (ends, values) in places.items():
+                axis.stairs(values, ends, baseline=None, color=color_of(name, names), linewidth=1.6)
+            axis.set(title=title, xlabel="token of the sample")
+            axis.set_ylim(bottom=0)
     return "\n".join(pictures)
+
+
+def _by_place(records: Records) -> tuple[list[float], list[float]]:
+    """Where the parts of a sample begin and the last ends, and the forward KL in each, of the newest record with it."""
+    start = "val_forward_kl/position_"
+    for record in reversed(records):
+        found = {
+            tuple(map(int, name.removeprefix(start).split("-"))): value
+            for name, value in record.items()
+            if re.fullmatch(f"{start}[0-9]+-[0-9]+", name) and _is_finite(value)
+        }
+        if found:
+            parts = sorted(found)
+            return [*(float(first) for first, _ in parts), parts[-1][1] + 1.0], [found[part] for part in parts]
+    return [], []
 
 
 @contextmanager

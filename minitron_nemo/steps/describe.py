@@ -1,5 +1,6 @@
 """What a step would do, before anything is allocated: shapes, layout, memory. `dry_run=true` prints it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from minitron_nemo.shape.figures import FIGURES, Workload
 from minitron_nemo.shape.published import published_as
 from minitron_nemo.steps.forecast import disk_lines, model_size, training_forecast
 from minitron_nemo.steps.memory import training_memory, weight_bytes
+from minitron_nemo.steps.settings import role_of, runs_of_teachers, teacher_paths
 from minitron_nemo.steps.step import Recipe
+from minitron_nemo.steps.teacher_memory import teacher_weights
 
 GIB = 2**30
 PATHS = ("source", "checkpoint", "teacher", "importance", "reference", "output")
@@ -19,18 +22,24 @@ PATHS = ("source", "checkpoint", "teacher", "importance", "reference", "output")
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes of a run: what is cut, what is left of it, and the teacher of the distillation."""
+    """The shapes of a run: what is cut, what is left of it, and the teachers of the distillation by role."""
 
     cut: ModelArch
     student: ModelArch
-    teacher: ModelArch
+    teachers: dict[str, ModelArch]
+
+    @property
+    def teacher(self) -> ModelArch:
+        """The only one, or the first."""
+        return next(iter(self.teachers.values()))
 
 
 def shapes(config: Config) -> Shapes:
     """From checkpoints on disk, else from the config."""
     cut = _arch_on_disk(config.prune.checkpoint) or config.model_arch()
     described = config.distill.teacher_model.arch() if config.distill.teacher_model is not None else cut
-    return Shapes(cut, pruned_shape(config, cut), _arch_on_disk(config.distill.teacher) or described)
+    teachers = {role: _arch_on_disk(path) or described for role, path in teacher_paths(config.distill).items()}
+    return Shapes(cut, pruned_shape(config, cut), teachers)
 
 
 def pruned_shape(config: Config, cut: ModelArch) -> ModelArch:
@@ -58,14 +67,16 @@ def describe(recipe: Recipe, config: Config) -> str:
     else:
         model = shapes(config)
         lines += [
-            f"  teacher   {model.teacher.describe()}",
+            *(f"  {role:<9} {teacher.describe()}" for role, teacher in model.teachers.items()),
             *([f"  cut from  {model.cut.describe()}"] if model.cut != model.teacher else []),
             f"  student   {model.student.describe()}",
             *recipe.describe(config),
         ]
     section = recipe.section(config)
-    for name in PATHS:
-        if (value := getattr(section, name, None)) is not None:
+    paths = {name: getattr(section, name, None) for name in PATHS}
+    paths |= {role_of(name): teacher.checkpoint for name, teacher in getattr(section, "teachers", {}).items()}
+    for name, value in paths.items():
+        if value is not None:
             there = " (there)" if Path(value).exists() else ""
             lines.append(f"  {name:<9} {value}{there}")
     return "\n".join(lines)
@@ -112,19 +123,34 @@ def training_lines(config: Config, training: TrainingConfig, *, with_teacher: bo
 
     Memory is that of a rank of the pipeline stage that needs most (`steps/memory.py`). It is an estimate.
     """
-    seq, teacher = config.data.seq_length, shapes(config).teacher
-    trained = shapes(config).student if with_teacher else teacher
+    seq, model = config.data.seq_length, shapes(config)
+    teachers = model.teachers if with_teacher else {}
+    trained = model.student if with_teacher else model.teacher
     tokens = training.max_steps * training.global_batch_size * seq
-    flops = 3 * trained.flops_per_token(seq) + (teacher.flops_per_token(seq) if with_teacher else 0)
-    stage, parts = training_memory(config, training, student=trained, teacher=teacher if with_teacher else None)
+    runs = runs_of_teachers(config) if with_teacher else {}
+    flops = 3 * trained.flops_per_token(seq) + sum(
+        runs[role] * teacher.flops_per_token(seq) for role, teacher in teachers.items()
+    )
+    first, *others = teachers.values() or (None,)
+    stage, parts = training_memory(config, training, student=trained, teacher=first, others=others)
     memory = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     where = f" of stage {stage + 1}" if config.layout.pp > 1 else ""
     return [
         f"  training  {training.max_steps} steps x {training.global_batch_size} samples = {tokens / 1e9:.3g} B tokens, "
         f"{flops / 1e9:.3g} GFLOP a token",
         f"  memory    {sum(parts.values()) / GIB:.2f} GiB a rank{where} in {_precision(config)} (GiB: {memory})",
+        *(teacher_lines(config, list(teachers.values()), stage) if with_teacher else []),
         *training_forecast(config, training, trained=trained, flops_per_token=flops),
     ]
+
+
+def teacher_lines(config: Config, teachers: Sequence[ModelArch], stage: int) -> list[str]:
+    """How teachers are laid out, and what of them lies in host memory, where that is not as the student is."""
+    words = config.distill.teacher_parallel.in_words(config.layout)
+    item = weight_bytes(config)
+    host = sum(teacher_weights(config, teacher, stage, item=item).host for teacher in teachers)
+    size = f", {host / GIB:.2f} GiB a rank" if host else ""
+    return [f"  beside    teacher: {words}{size}"] if words else []
 
 
 def _precision(config: Config) -> str:

@@ -48,6 +48,18 @@ def check_model(
     config.layout.check(model.arch, name=name, stages=stages)
     if trained:
         config.parallel.recompute.check(config.layout.stages(model.arch.num_layers, stages))
+    check_positions(config, model, name=name)
+
+
+def check_teacher(config: Config, teacher: "NemoFolder", *, name: str) -> None:
+    """The same for a teacher of a distillation, whose layout is its own."""
+    stages = config.parallel.teacher_stage_layers
+    config.distill.teacher_parallel.check_teacher(teacher.arch, config.layout, name=name, stages=stages)
+    check_positions(config, teacher, name=name)
+
+
+def check_positions(config: Config, model: "NemoFolder", *, name: str) -> None:
+    """Refuse sequences longer than those that a model was made for."""
     if config.data.seq_length > model.arch.seq_length:
         raise UserError(
             f"data.seq_length={config.data.seq_length}: the {name} {model.path} was made for at most "

@@ -5,69 +5,20 @@ Megatron's buffers. Activations count what the layers of `engine/` keep for the 
 (fused layers of Transformer Engine keep less).
 """
 
-import math
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from minitron_nemo.config.parallel import Recompute
 from minitron_nemo.config.schema import Accelerator, Config, DistillConfig, DivergenceName, Precision, TrainingConfig
 from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.distributed.routes import stage_of
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.tensors import EMBEDDING, tensor_table
+from minitron_nemo.shape.taps import pairs_of
+from minitron_nemo.steps.stages import Stages
+from minitron_nemo.steps.teacher_memory import teacher_states, teacher_weights
 
 TOLERANCE = 0.25  # of the activations
 CONTEXTS = 1.5 * 2**30  # bytes on a GPU for CUDA, cuBLAS and NCCL: a round figure, not measured here
-
-
-@dataclass(frozen=True)
-class Stages:
-    """A model laid over the ranks: its shape, the layout and the layers of each of its chunks."""
-
-    arch: ModelArch
-    layout: Layout
-    layers: Sequence[int]
-
-    @classmethod
-    def of(cls, arch: ModelArch, layout: Layout, split: Sequence[int] | None) -> "Stages":
-        return cls(arch, layout, layout.stages(arch.num_layers, split))
-
-    def parameters(self, stage: int) -> int:
-        """Elements of the parameters that a rank of this stage holds, the vocabulary's padding included.
-
-        The last stage of a pipeline has a copy of a tied embedding.
-        """
-        first, last, total = stage == 0, stage == self.layout.pp - 1, 0
-        layers = sum(self.layers[chunk] for chunk in self.layout.chunks_of(stage))
-        for row in tensor_table(self.arch):
-            shape = row.shape(self.arch)
-            if row.is_vocabulary:
-                shape = (self.layout.padded_vocab_size(self.arch), *shape[1:])
-            size = math.prod(shape) // (1 if row.split is None else self.layout.tp)
-            if row.per_layer:
-                total += size * layers
-            elif row.key == EMBEDDING:
-                total += size * (first or (last and self.arch.share_embeddings_and_output_weights))
-            else:
-                total += size * last
-        return total
-
-    def waiting_layers(self, stage: int, num_microbatches: int) -> int:
-        """Most layers of this stage that wait for their backward pass, each counted once for each micro-batch.
-
-        The schedule's order: forward passes to fill the pipeline, then one forward and one backward in turn. Of an
-        interleaved pipeline `pp` micro-batches go through a chunk, then through the next; backward the other way.
-        """
-        pp, vpp = self.layout.pp, self.layout.vpp
-        chunks = [self.layers[chunk] for chunk in self.layout.chunks_of(stage)]
-        group, ahead = (1, pp - stage - 1) if vpp == 1 else (pp, 2 * (pp - stage - 1) + (vpp - 1) * pp)
-        groups = min(num_microbatches // group, 2 * (ahead + pp))  # after those nothing changes
-        forward = [layers for _ in range(groups) for layers in chunks for _ in range(group)]
-        backward = [layers for _ in range(groups) for layers in reversed(chunks) for _ in range(group)]
-        held = most = sum(forward[:ahead])
-        for begun, ended in zip(forward[ahead:], backward, strict=False):
-            most = max(most, held + begun)
-            held += begun - ended
-        return most
 
 
 def kept_by_layer(arch: ModelArch, layout: Layout, *, recomputed: Sequence[str] = ()) -> float:
@@ -91,9 +42,15 @@ def _stream(arch: ModelArch, layout: Layout) -> float:
     return arch.hidden_size / (layout.tp if layout.sequence_parallel else 1)
 
 
-def kept_by_stage(trained: Stages, stage: int, num_microbatches: int, *, recompute: Recompute) -> float:
-    """Elements of each token that wait on a stage at most, and those of the unit that is being recomputed."""
+def kept_by_stage(
+    trained: Stages, stage: int, num_microbatches: int, *, recompute: Recompute, offloaded: int = 0
+) -> float:
+    """Elements of each token that wait on a stage at most, and those of the unit that is being recomputed.
+
+    The first `offloaded` layers of every chunk keep nothing.
+    """
     arch, layout = trained.arch, trained.layout
+    trained = dataclasses.replace(trained, layers=[max(0, layers - offloaded) for layers in trained.layers])
     waiting, stream = trained.waiting_layers(stage, num_microbatches), _stream(arch, layout)
     whole, size = kept_by_layer(arch, layout), recompute.num_layers or 1
     if recompute.granularity is None:
@@ -109,12 +66,22 @@ def kept_by_stage(trained: Stages, stage: int, num_microbatches: int, *, recompu
 
 
 def training_memory(
-    config: Config, training: TrainingConfig, *, student: ModelArch, teacher: ModelArch | None
+    config: Config,
+    training: TrainingConfig,
+    *,
+    student: ModelArch,
+    teacher: ModelArch | None,
+    others: Sequence[ModelArch] = (),
 ) -> tuple[int, dict[str, float]]:
-    """(stage, bytes by purpose) of the pipeline stage that needs most; without a teacher, nothing is distilled."""
-    stages = range(config.layout.pp)
-    by_stage = [stage_memory(config, training, stage, student=student, teacher=teacher) for stage in stages]
-    most = max(stages, key=lambda stage: sum(by_stage[stage].values()))
+    """(stage, bytes by purpose) of the pipeline stage that needs most; without a teacher, nothing is distilled.
+
+    `others` are the teachers beside `teacher`.
+    """
+    by_stage = [
+        stage_memory(config, training, stage, student=student, teacher=teacher, others=others)
+        for stage in range(config.layout.pp)
+    ]
+    most = max(range(len(by_stage)), key=lambda stage: sum(by_stage[stage].values()))
     return most, by_stage[most]
 
 
@@ -126,16 +93,28 @@ def weight_bytes(config: Config) -> int:
 
 
 def stage_memory(
-    config: Config, training: TrainingConfig, stage: int, *, student: ModelArch, teacher: ModelArch | None
+    config: Config,
+    training: TrainingConfig,
+    stage: int,
+    *,
+    student: ModelArch,
+    teacher: ModelArch | None,
+    others: Sequence[ModelArch] = (),
 ) -> dict[str, float]:
-    """Bytes by purpose of a rank of one stage."""
+    """Bytes by purpose of a rank of one stage. Of several teachers a window may hold the states of all."""
     layout, parallel, item, seq = config.layout, config.parallel, weight_bytes(config), config.data.seq_length
     split = parallel.teacher_stage_layers if teacher is None else parallel.student_stage_layers
     trained = Stages.of(student, layout, split)
     parameters = trained.parameters(stage)
     share = layout.share(training.global_batch_size, training.micro_batch_size)
     tokens = seq // layout.cp * training.micro_batch_size
-    kept = kept_by_stage(trained, stage, share.num_microbatches, recompute=parallel.recompute)
+    kept = kept_by_stage(
+        trained,
+        stage,
+        share.num_microbatches,
+        recompute=parallel.recompute,
+        offloaded=parallel.cpu_offloading_num_layers,
+    )
     found = {
         "weights": item * float(parameters),
         "gradients": 4.0 * parameters,
@@ -146,16 +125,32 @@ def stage_memory(
         "activations": item * tokens * kept,
     }
     if teacher is not None:
-        own = Stages.of(teacher, layout, parallel.teacher_stage_layers)
-        found["teacher"] = item * float(own.parameters(stage))
+        teachers = (teacher, *others)
+        found["teacher"] = sum(teacher_weights(config, each, stage, item=item).device for each in teachers)
+        window = min(config.distill.teacher_window or share.num_microbatches, share.num_microbatches)
+        if config.distill.hidden_states.any:
+            waiting = item * tokens * float(window if layout.pp > 1 else 1)
+            found["hidden states"] = _hidden_states(config, trained, teacher, stage, waiting=waiting)
+        if stage == layout.pp - 1:
+            hidden = sum(each.hidden_size for each in teachers)
+            found["teacher states"] = item * tokens * hidden * float(teacher_states(config, window))
     if stage == layout.pp - 1:
-        if teacher is not None:
-            window = min(config.distill.teacher_window or share.num_microbatches, share.num_microbatches)
-            found["teacher states"] = item * tokens * teacher.hidden_size * float(window if layout.pp > 1 else 1)
         found["head"] = _head(config, student, tokens, has_teacher=teacher is not None)
     if config.trainer.accelerator is not Accelerator.cpu:
         found["contexts"] = CONTEXTS
     return found
+
+
+def _hidden_states(config: Config, trained: Stages, teacher: ModelArch, stage: int, *, waiting: float) -> float:
+    """Those of the teacher that wait where they are compared, `waiting` bytes of each channel, and the map in float32
+    with its gradient and Adam's moments. Left out: attention and MLP outputs that the student keeps for this alone.
+    """
+    section, layout, width = config.distill.hidden_states, trained.layout, trained.arch.hidden_size
+    layers = section.student_layers or range(1, trained.arch.num_layers + 1)
+    pairs = pairs_of([kind.value for kind in section.kinds], dict.fromkeys((layer - 1 for layer in layers), 0))
+    here = sum(stage_of(pair.student, trained.layers, stages=layout.pp) == stage for pair in pairs)
+    state_map = 0 if width == teacher.hidden_size else 16.0 * width * teacher.hidden_size
+    return here * waiting * _stream(teacher, layout) + state_map
 
 
 def _beside(distill: DistillConfig) -> int:

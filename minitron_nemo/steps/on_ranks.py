@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.config.rules import check_ranks
 from minitron_nemo.config.schema import Config
+from minitron_nemo.config.teacher import TeacherParallelConfig
 from minitron_nemo.distributed.ranks import Rank, uses_gpu, visible_gpus
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import set_up_logging
@@ -36,7 +37,9 @@ class RankRecipe(Recipe):
     def describe(self, config: Config) -> list[str]:
         """The layout and the data, then the recipe's own lines; refuses a shape that cannot be laid out."""
         layout, parallel, model = config.layout, config.parallel, shapes(config)
-        layout.check(model.teacher, name="teacher", stages=parallel.teacher_stage_layers)
+        beside = getattr(self.section(config), "teacher_parallel", TeacherParallelConfig())
+        for role, teacher in model.teachers.items():
+            beside.check_teacher(teacher, layout, name=role, stages=parallel.teacher_stage_layers)
         layout.check(model.student, name="student", stages=parallel.student_stage_layers)
         blend = getattr(self.section(config), "blend", None) or config.data.blend
         total = sum(blend.values())
@@ -51,7 +54,9 @@ class RankRecipe(Recipe):
     def check_machine(self, config: Config) -> None:
         """Refuse inputs that are not there, and more ranks than there are GPUs, before anything is read."""
         section = self.section(config)
-        require(*(getattr(section, name) for name in MODELS if hasattr(section, name)))
+        given = [getattr(section, name) for name in MODELS if hasattr(section, name)]
+        several = [teacher.checkpoint for teacher in getattr(section, "teachers", {}).values()]
+        require(*(path for path in (*given, *several) if path is not None))
         devices = config.trainer.devices
         if uses_gpu(config.trainer.accelerator.value) and (visible := visible_gpus()) < devices:
             raise UserError(

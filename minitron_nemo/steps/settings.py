@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_nemo.config.schema import Config, Precision, identity
+from minitron_nemo.config.schema import Config, DistillConfig, Precision, identity
+from minitron_nemo.config.teachers import running
 from minitron_nemo.distributed.ranks import is_main_process, uses_gpu
 
 if TYPE_CHECKING:
@@ -16,6 +17,28 @@ def precision_of(config: Config) -> Precision:
     if config.trainer.precision is not Precision.auto:
         return config.trainer.precision
     return Precision.bf16 if uses_gpu(config.trainer.accelerator.value) else Precision.fp32
+
+
+def role_of(name: str) -> str:
+    """What a teacher is to its student, and among the parents of what it made: `teacher`, or `teacher_NAME`."""
+    return f"teacher_{name}" if name else "teacher"
+
+
+def teacher_paths(section: DistillConfig) -> dict[str, str]:
+    """Where the teachers are, by role: one alone, or those with names."""
+    if not section.teachers:
+        return {role_of(""): str(section.teacher)}
+    return {role_of(name): str(teacher.checkpoint) for name, teacher in section.teachers.items()}
+
+
+def runs_of_teachers(config: Config) -> dict[str, float]:
+    """The share of the micro-batches that each teacher runs through, by role; 1 where there is one alone."""
+    section = config.distill
+    blend = section.blend or config.data.blend
+    if not section.teachers:
+        return {role_of(""): 1.0}
+    runs = running(section.teachers, blend, micro_batch_size=section.training.micro_batch_size)
+    return {role_of(name): share for name, share in runs.items()}
 
 
 def blend_for(
@@ -45,8 +68,11 @@ def blend_for(
 
 def settings_of(section: Any, config: Config, blend: "Blend") -> dict[str, Any]:
     """What shapes the result of a step that runs a model on data: its section, the precision, and what it reads."""
+    trainer = config.trainer
+    fp8 = {} if trainer.fp8 is None else {"fp8": [trainer.fp8.value, trainer.fp8_recipe.value]}
     return {
         **identity(section),
         "precision": precision_of(config).value,
+        **fp8,
         "data": {**identity(config.data), **blend.identity()},
     }

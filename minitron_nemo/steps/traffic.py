@@ -1,23 +1,26 @@
 """Bytes that a rank sends in a training step, by group and collective, from the layout and the shapes alone.
 
 A ring is assumed: of n ranks, each sends (n-1)/n of the whole in an all-gather or a reduce-scatter and twice that in an
-all-reduce. Left out are the few numbers of a step or micro-batch, sums of the log and the gradient's norm, and what a
-divergence other than forward KL has its ranks tell each other.
+all-reduce. Left out are the few numbers of a step or micro-batch, sums of the log and the gradient's norm, what a
+divergence other than forward KL has its ranks tell each other, and hidden states that are compared.
 """
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_nemo.config.parallel import Recompute
+from minitron_nemo.distributed.beside import Beside
+from minitron_nemo.distributed.flat import FlatLayer
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.losses.softmaxes import COLUMNS, STUDENT_COLUMNS
 from minitron_nemo.shape.tensors import tensor_table
-from minitron_nemo.steps.memory import Stages
+from minitron_nemo.steps.stages import Stages
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, SEND = "all-gather", "reduce-scatter", "all-reduce", "send"
 
-# (group, collective) -> bytes that one rank sends. Groups: tp, pp, cp, and batch, which is context and data parallel.
+# (group, collective) -> bytes that one rank sends. Groups: tp, pp, cp, and batch, which is context and data parallel;
+# of a teacher laid out otherwise than its student teacher_tp, exchange and copies (`distributed/beside.py`).
 Traffic = Counter[tuple[str, str]]
 
 
@@ -44,7 +47,7 @@ class Step:
     def of_student(self, student: Stages, stage: int, *, with_teacher: bool) -> Traffic:
         """Forward and backward pass and the optimizer's step, on a rank of a pipeline stage."""
         layout, found = student.layout, Traffic()
-        layers, hidden, keys = _layers(student, stage), self._hidden(student), self._keys_and_values(student)
+        layers, hidden, keys = student.layers_of(stage), self._hidden(student), self._keys_and_values(student)
         attention, mlp, core = self._forward_passes(student, stage)
         _columns_and_rows(found, layout, hidden * (attention + mlp))
         _add(found, layout, "cp", ALL_GATHER, keys * core)
@@ -64,11 +67,34 @@ class Step:
 
     def of_teacher(self, teacher: Stages, stage: int) -> Traffic:
         """The forward pass of the frozen teacher, on a rank of a pipeline stage."""
-        layout, layers, found = teacher.layout, _layers(teacher, stage), Traffic()
+        layout, layers, found = teacher.layout, teacher.layers_of(stage), Traffic()
         _columns_and_rows(found, layout, self._hidden(teacher) * 2 * layers)
         _add(found, layout, "cp", ALL_GATHER, self._keys_and_values(teacher) * layers)
         self._ends(found, teacher, stage, trained=False)
         return found
+
+    def of_teacher_beside(self, teacher: Stages, stage: int, *, beside: Beside, shard_weights: bool = False) -> Traffic:
+        """The same in a layout of its own, `teacher.layout`; weights that are shared out cross with every micro-batch.
+
+        Copies in a student's group tell each other final states, replicas that share a copy their tokens of 8 bytes,
+        and where documents are kept apart as much again, which is left out.
+        """
+        runs = math.ceil(self.microbatches / beside.copies) * beside.replicas
+        step = replace(self, microbatches=runs)
+        found = step.of_teacher(teacher, stage)
+        if beside.copies * beside.replicas > 1:
+            for kind in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE):
+                found["teacher_tp", kind] = found.pop(("tp", kind), 0)
+        if beside.copies > 1 and stage == teacher.layout.pp - 1:
+            found["exchange", ALL_GATHER] = sent(ALL_GATHER, step._hidden(teacher) * beside.copies, beside.copies)
+        if beside.replicas > 1:
+            found["exchange", ALL_GATHER] = sent(ALL_GATHER, 8 * self.tokens * runs, beside.replicas)
+        if shard_weights:
+            ranks = teacher.layout.batch_ranks
+            flat = FlatLayer.of(teacher.layer_sizes(), item=self.element_bytes, ranks=ranks)
+            whole = self.element_bytes * flat.size * teacher.layers_of(stage) * runs
+            found["copies", ALL_GATHER] = sent(ALL_GATHER, whole, ranks)
+        return +found
 
     def _hidden(self, model: Stages) -> float:
         """Bytes of the hidden states that tensor-parallel ranks share, of all micro-batches."""
@@ -118,10 +144,6 @@ class Step:
             found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 4 * rows * arch.hidden_size, 2)
 
 
-def _layers(model: Stages, stage: int) -> int:
-    return sum(model.layers[chunk] for chunk in model.layout.chunks_of(stage))
-
-
 def _columns_and_rows(found: Traffic, layout: Layout, hidden: float) -> None:
     """A column-parallel product and the row-parallel one after it: gather and scatter, or all-reduce the result."""
     if layout.sequence_parallel:
@@ -137,7 +159,7 @@ def _replicated(student: Stages, stage: int) -> int:
     for row in tensor_table(student.arch):
         if row.split is None:
             size = math.prod(row.shape(student.arch))
-            total += size * (_layers(student, stage) if row.per_layer else last)
+            total += size * (student.layers_of(stage) if row.per_layer else last)
     return total
 
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from minitron_nemo.engine.optimizer import whole
 from minitron_nemo.engine.weights import load_weights, write_weights
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.training.optimizer_state import read_optimizer, write_optimizer
+from minitron_nemo.training.optimizer_state import read_beside, read_optimizer, write_beside, write_optimizer
 from minitron_nemo.training.state import Position, TrainState
 
 logger = logging.getLogger(__name__)
 
 KIND = "training_state"
+BESIDE = "beside.safetensors"  # what is trained beside the model, where there is any
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CheckpointFolder:
     keep: int = 2
     optimizer_copies: int = 1  # data-parallel ranks share the optimizer's state, or each has (and writes) a copy
     objective: str = ""  # in words: what is minimized
+    parents: Mapping[str, str] = field(default_factory=dict)  # role -> SHA-256 of the manifest of what the run read
     overwrite: bool = False  # start again where checkpoints of another objective lie
 
     @contextmanager
@@ -84,7 +86,7 @@ class CheckpointFolder:
             self.arch,
             self.groups,
             kind=KIND,
-            origin=Origin(self.fingerprint, overwrite=True),
+            origin=Origin(self.fingerprint, parents=self.parents, overwrite=True),
             tokens=position.consumed_tokens,
             extra={"layout": self.layout, "objective": self.objective, "position": vars(position)},
             needed=self._size(),
@@ -92,6 +94,9 @@ class CheckpointFolder:
             name = f"optimizer_{self.groups.rank:05d}.safetensors"
             write_optimizer(folder / name, state)
             hashes[name] = file_sha256(folder / name)
+            if state.beside is not None and self.groups.is_main:
+                write_beside(folder / BESIDE, state.beside)
+                hashes[BESIDE] = file_sha256(folder / BESIDE)
         if self.groups.is_main:
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(old)
@@ -100,11 +105,12 @@ class CheckpointFolder:
     def resume(self, state: TrainState) -> None:
         """Restore the newest whole checkpoint of this run; nothing when there is none. Collective.
 
-        Raises UserError where the newest is of a run that minimized something else: by its place it is meant to go on.
+        Raises UserError where the newest is of a run that minimized something else, or had another teacher: by its
+        place it is meant to go on.
         """
         folder = self._newest()
         if folder is None:
-            self._refuse_other_objective()
+            self._refuse_other_run()
             return
         manifest = read_manifest(folder, kind=KIND)
         if (layout := manifest.extra["layout"]) != self.layout:
@@ -115,10 +121,12 @@ class CheckpointFolder:
         weights = TorchDistWeights(folder / WEIGHTS, self.arch, source="the run's model")
         load_weights(state.model, weights, self.groups)
         read_optimizer(folder / f"optimizer_{self.groups.rank:05d}.safetensors", state)
+        if state.beside is not None:
+            read_beside(folder / BESIDE, state.beside)
         state.position = Position(**manifest.extra["position"])
         logger.info(f"resumed from {folder}")
 
-    def _refuse_other_objective(self) -> None:
+    def _refuse_other_run(self) -> None:
         others = [] if self.overwrite else self._all_steps()
         for folder in others[-1:]:
             before = _objective(folder)
@@ -126,6 +134,12 @@ class CheckpointFolder:
                 raise UserError(
                     f"{folder} minimized {before}, this is {self.objective}: go on with the settings it had, or give "
                     "overwrite=true to start again, or another output"
+                )
+            theirs, ours = _teachers(_parents(folder)), _teachers(self.parents)
+            if theirs and theirs != ours:
+                raise UserError(
+                    f"{folder} learned from another teacher ({_in_short(theirs)}), this is {_in_short(ours)}: go on "
+                    "with the teacher it had, or give overwrite=true to start again, or another output"
                 )
 
     def steps(self) -> list[Path]:
@@ -172,6 +186,22 @@ def _objective(folder: Path) -> str:
         return str(read_manifest(folder, kind=KIND).extra.get("objective", ""))
     except UserError:
         return ""
+
+
+def _parents(folder: Path) -> Mapping[str, str]:
+    """What its run read, as far as that was written down."""
+    try:
+        return read_manifest(folder, kind=KIND).parents
+    except UserError:
+        return {}
+
+
+def _teachers(parents: Mapping[str, str]) -> dict[str, str]:
+    return {role: sha for role, sha in sorted(parents.items()) if role.startswith("teacher")}
+
+
+def _in_short(hashes: Mapping[str, str]) -> str:
+    return ", ".join(sha[:12] for sha in hashes.values()) or "none"
 
 
 def save_model(

@@ -4,14 +4,15 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from minitron_nemo.config.schema import TrainingConfig
+from minitron_nemo.config.schema import OnNonFinite, TrainingConfig
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.stopping import finishing
 from minitron_nemo.engine.schedule import Batch, GetBatch
@@ -19,8 +20,9 @@ from minitron_nemo.errors import StoppedError, UserError
 from minitron_nemo.losses.output import LOSS, TOKENS
 from minitron_nemo.progress import ProgressReporter, progress
 from minitron_nemo.training.checkpoints import CheckpointFolder
-from minitron_nemo.training.metrics import MetricsWriter, in_words, peak_flops
-from minitron_nemo.training.objectives import Objective, batch_sums, means
+from minitron_nemo.training.metrics import MetricsWriter, in_words, peak_flops, peak_memory
+from minitron_nemo.training.non_finite import GetSampleIds, all_finite, find
+from minitron_nemo.training.objectives import Objective, batch_sums, means, micro_batch_sums, over_batch
 from minitron_nemo.training.read_ahead import ReadAhead
 from minitron_nemo.training.state import Position, TrainState
 from minitron_nemo.training.watch import watching
@@ -41,6 +43,8 @@ class TrainingRun:
     valid_batch: GetBatch
     seq_length: int
     flops_per_token: float  # of a training step, teacher included
+    teacher_flops_per_token: float = 0.0
+    sample_ids: GetSampleIds | None = None
     log_every_n_steps: int = 10
     warn_after_seconds: float = 300
 
@@ -94,12 +98,15 @@ def _train(
         batches = ahead.take(position.consumed_samples, then=_samples_after(position, config))
         record = train_step(run, state, objective, batches)
         seconds.append(time.monotonic() - started)
-        bar.advance(loss=record[LOSS])
+        bar.advance(**{name: value for name, value in record.items() if name == LOSS})
         is_last = position.step == config.max_steps
         if is_last or _is_due(position.step, run.log_every_n_steps):
             speed = _speed(len(seconds) * tokens_per_step / sum(seconds), run)
-            metrics.write(step=position.step, **record, **speed)
+            (most,) = run.groups.largest(peak_memory(run.groups.device))
+            metrics.write(step=position.step, **record, **speed, peak_memory_bytes=int(most))
             seconds.clear()
+        elif position.skipped_in_a_row:
+            metrics.write(step=position.step, **record)
         if config.val_check_interval and (is_last or _is_due(position.step, config.val_check_interval)):
             validation = validate(run, state, objective)
             logger.info(f"{run.name}: step {position.step}: validation {in_words(validation)}")
@@ -140,16 +147,51 @@ def train_step(run: TrainingRun, state: TrainState, objective: Objective, batche
 
     `batches` are this data-parallel rank's micro-batches of it.
     """
-    position = state.position
-    learning_rate = state.learning_rate
+    position, learning_rate = state.position, state.learning_rate
     state.zero_gradients()
-    sums = batch_sums(state.model, batches, objective, groups=run.groups, train=True)
-    _refuse_non_finite(sums.values(), position, run.logs)
-    grad_norm = state.step()
-    _refuse_non_finite([grad_norm], position, run.logs)
-    position.advance(samples=run.config.global_batch_size, tokens=int(sums[TOKENS]))
-    facts = dict(learning_rate=learning_rate, grad_norm=grad_norm, consumed_tokens=position.consumed_tokens)
-    return means(sums) | facts
+    by_micro_batch = micro_batch_sums(state.model, batches, objective, train=True)
+    sums = over_batch(by_micro_batch, objective, groups=run.groups, train=True)
+    skips = run.config.on_non_finite is OnNonFinite.skip
+    # Only a run that may skip asks before the optimizer is given the gradient: the norm is then worked out twice.
+    is_finite = all_finite(sums) and (not skips or math.isfinite(state.gradient_norm()))
+    found: dict[str, float] = {}
+    if is_finite:
+        found = means(sums) | dict(grad_norm=state.step())
+        is_finite = math.isfinite(found["grad_norm"])
+    if is_finite:
+        position.advance(samples=run.config.global_batch_size, tokens=int(sums[TOKENS]))
+    else:
+        _stop_or_skip(run, state, by_micro_batch, total=sums)
+    skipped = dict(skipped_steps=position.skipped_steps) if skips else {}
+    return found | skipped | dict(learning_rate=learning_rate, consumed_tokens=position.consumed_tokens)
+
+
+def _stop_or_skip(
+    run: TrainingRun, state: TrainState, by_micro_batch: list[dict[str, Tensor]], *, total: dict[str, float]
+) -> None:
+    """Of a step that is not finite: drop the gradient and go on, where that is allowed; else stop.
+
+    A run stops before anything poisoned is saved: the last training checkpoint stays good.
+    """
+    config, position = run.config, state.position
+    first_samples = _first_samples(run, position.consumed_samples)
+    samples = [range(first, first + config.micro_batch_size) for first in first_samples]
+    found = find(position.step + 1, by_micro_batch, samples=samples, groups=run.groups, ids=run.sample_ids, total=total)
+    if run.groups.is_main:
+        found.write(run.logs)
+    allowed = config.max_skipped_steps if config.on_non_finite is OnNonFinite.skip else 0
+    if position.skipped_in_a_row >= allowed:
+        raise UserError(
+            f"{found}{f', after {allowed} skipped steps' if allowed else ''}; the last checkpoint is good; lower "
+            f"optim.lr, look at the samples (all in {run.logs}), or "
+            f"{'raise max_skipped_steps' if allowed else 'go on from there with on_non_finite=skip'}"
+        )
+    state.skip()
+    position.skip(samples=config.global_batch_size)
+    if run.groups.is_main:
+        logger.warning(
+            f"{run.name}: {found}: its gradient is dropped, {position.skipped_in_a_row} in a row of at most {allowed}"
+        )
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -169,22 +211,27 @@ def validate(run: TrainingRun, state: TrainState, objective: Objective) -> dict[
 
 def _micro_batches(run: TrainingRun, get: GetBatch, start: int) -> list[Batch]:
     """This data-parallel rank's share of the global batch that starts at sample `start`."""
+    return [get(first, run.config.micro_batch_size) for first in _first_samples(run, start)]
+
+
+def _first_samples(run: TrainingRun, start: int) -> Sequence[int]:
+    """The first sample of each of these micro-batches."""
     share = run.groups.layout.share(run.config.global_batch_size, run.config.micro_batch_size)
-    return [get(first, share.micro_batch) for first in share.first_samples(run.groups.dp_rank, start=start)]
+    return share.first_samples(run.groups.dp_rank, start=start)
 
 
 def _speed(tokens_per_second: float, run: TrainingRun) -> dict[str, float]:
-    """Throughput of all ranks, model FLOP/s of one, and its share of the device's peak where that is known."""
-    flops = tokens_per_second * run.flops_per_token / run.groups.layout.world_size
+    """Throughput of all ranks; of one rank model FLOP/s, the teacher's and the student's part of them, and their share
+    of the device's peak where that is known.
+    """
+    each = tokens_per_second / run.groups.layout.world_size
+    flops, teacher = each * run.flops_per_token, each * run.teacher_flops_per_token
     peak = peak_flops(run.groups.device)
     share = {"model_flops_utilization": flops / peak} if peak else {}
-    return {"tokens_per_second": tokens_per_second, "model_flops_per_second_per_rank": flops, **share}
-
-
-def _refuse_non_finite(values: Iterable[float], position: Position, logs: Path) -> None:
-    """Stop before anything poisoned is saved: the last training checkpoint stays good."""
-    if not all(map(math.isfinite, values)):
-        raise UserError(
-            f"step {position.step + 1}: the loss or its gradient is not finite (samples from "
-            f"{position.consumed_samples}); the last checkpoint is good; lower optim.lr, or look at the data and {logs}"
-        )
+    split = dict(student_flops_per_second_per_rank=flops - teacher, teacher_flops_per_second_per_rank=teacher)
+    return {
+        "tokens_per_second": tokens_per_second,
+        "model_flops_per_second_per_rank": flops,
+        **(split if teacher else {}),
+        **share,
+    }

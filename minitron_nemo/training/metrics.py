@@ -1,7 +1,9 @@
 """Training metrics: one flat record per logged step, to `metrics.jsonl` and TensorBoard."""
 
 import json
+import resource
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.artefacts.disk import writing
-from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOP1_AGREEMENT
+from minitron_nemo.losses.output import CROSS_ENTROPY, FORWARD_KL, LOSS, TOP1_AGREEMENT, bin_of
 
 # How a person reads a metric, and its format; one without a line here goes by its own name.
 IN_WORDS = {
@@ -31,9 +33,19 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or the most that this process had in memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def in_words(means: Mapping[str, float]) -> str:
-    """`cross-entropy 4.1300, forward KL 0.0680, top-1 agreement 82.4%`; without the loss, which is a mix of them."""
-    named = {name: IN_WORDS.get(name, (name.replace("_", " "), ".4g")) for name in means if name != LOSS}
+    """`cross-entropy 4.1300, forward KL 0.0680, top-1 agreement 82.4%`; without the loss, which is a mix of them, and
+    without what is of some tokens alone.
+    """
+    shown = [name for name in means if name != LOSS and not bin_of(name)[1]]
+    named = {name: IN_WORDS.get(name, (name.replace("_", " "), ".4g")) for name in shown}
     return ", ".join(f"{words} {means[name]:{form}}" for name, (words, form) in named.items())
 
 

@@ -1,15 +1,19 @@
-"""One rank's optimizer state as a safetensors file: float32 weights, moments, step counts and the schedule."""
+"""What training changes besides the weights, as safetensors files.
+
+One rank's optimizer state: float32 weights, moments, step counts and the schedule. And what is trained beside the
+model, which is the same on every rank.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from minitron_nemo.training.state import TrainState
+from minitron_nemo.training.state import TrainedBeside, TrainState
 
 
 def _torch_optimizers(state: TrainState) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
@@ -30,8 +34,7 @@ def write_optimizer(path: Path, state: TrainState) -> None:
         scalars["groups"].append(
             [{"step": int(group["step"])} if "step" in group else {} for group in inner.param_groups]
         )
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"scalars": json.dumps(scalars)})
+    save_file(_on_cpu(tensors), path, metadata={"scalars": json.dumps(scalars)})
 
 
 def read_optimizer(path: Path, state: TrainState) -> None:
@@ -61,3 +64,17 @@ def read_optimizer(path: Path, state: TrainState) -> None:
 
 def _numbered(inner: torch.optim.Optimizer) -> Iterator[tuple[int, torch.Tensor]]:
     yield from enumerate(parameter for group in inner.param_groups for parameter in group["params"])
+
+
+def write_beside(path: Path, beside: TrainedBeside) -> None:
+    """What is trained beside the model, as safetensors; on one rank, as all have the same."""
+    save_file(_on_cpu(beside.tensors()), path)
+
+
+def read_beside(path: Path, beside: TrainedBeside) -> None:
+    """The inverse of `write_beside`, on every rank."""
+    beside.load(load_file(path))
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

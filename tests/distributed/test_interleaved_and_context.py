@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import ORIGIN, assert_same_weights, load_model, share_of_batch, weights_of
+from layouts import ORIGIN, assert_same_weights, load_model, random_models, share_of_batch, weights_of
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.config.importance import EstimateImportanceConfig
@@ -24,8 +24,8 @@ from minitron_nemo.engine.model import BuildOptions, HeadlessGPT
 from minitron_nemo.errors import UserError
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.steps.estimate import Estimate, check_interleaved, estimate
-from minitron_nemo.steps.memory import Stages
-from minitron_nemo.testing import ALONE, LLAMA, MISTRAL, random_batch, random_nemo, run_layout
+from minitron_nemo.steps.stages import Stages
+from minitron_nemo.testing import ALONE, LLAMA, MISTRAL, random_batch, run_layout
 from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
 from minitron_nemo.training.objectives import DistillationObjective, batch_sums
 from minitron_nemo.training.state import TrainState
@@ -155,10 +155,7 @@ def _scores(groups: Groups, models: dict[str, Path], stages: list[int] | None) -
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: random_nemo(folder / f"{name}.nemo", arch, seed=n).path for n, (name, arch) in enumerate(ARCHS.items())
-    }
+    return random_models(tmp_path_factory.mktemp("models"), ARCHS)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from layouts import load_model, samples
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.config.hidden_states import HiddenStateKind
 from minitron_nemo.config.parallel import Recompute
 from minitron_nemo.config.schema import Accelerator, Config, OptimConfig, TrainingConfig
 from minitron_nemo.distributed.groups import Groups
@@ -14,7 +15,9 @@ from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.losses.lm_head import HeadLoss
-from minitron_nemo.steps.memory import CONTEXTS, TOLERANCE, Stages, kept_by_stage, stage_memory, training_memory
+from minitron_nemo.shape.arch import ModelArch
+from minitron_nemo.steps.memory import CONTEXTS, TOLERANCE, kept_by_stage, stage_memory, training_memory
+from minitron_nemo.steps.stages import Stages
 from minitron_nemo.testing import ALONE, LLAMA, MISTRAL, NEMOTRON, random_nemo, run_layout
 from minitron_nemo.training.objectives import LanguageModelObjective, batch_sums
 from minitron_nemo.training.state import TrainState
@@ -150,6 +153,24 @@ def test_a_window_bounds_the_teacher_states_of_the_published_settings():
         assert found["contexts"] == CONTEXTS
         sizes[config.distill.teacher_window] = found["teacher states"] / 2**30
     assert sizes == {0: 36.0, 32: 2.0}
+
+
+def test_hidden_states_of_the_teacher_wait_on_the_stages_that_compare_them():
+    """32 micro-batches of 8192 tokens x 4096 channels in bf16 are 2 GiB for each state."""
+    arch = dataclasses.replace(LLAMA, num_layers=32, hidden_size=4096)
+    config, training = config_of(Layout(pp=2))
+    config.trainer.accelerator, config.data.seq_length = Accelerator.gpu, 8192
+    training.global_batch_size, training.micro_batch_size = 1152, 1
+    config.distill.hidden_states.kinds = [HiddenStateKind.embeddings, HiddenStateKind.layer_outputs]
+
+    def waiting(student: ModelArch, stage: int) -> float:
+        return stage_memory(config, training, stage, student=student, teacher=arch)["hidden states"] / 2**30
+
+    assert [waiting(arch, stage) for stage in range(2)] == [2.0 * 17, 2.0 * 16]
+    config.distill.hidden_states.student_layers = [1, 30]
+    assert [waiting(arch, stage) for stage in range(2)] == [2.0 * 2, 2.0]
+    narrower = dataclasses.replace(arch, hidden_size=3072)
+    assert waiting(narrower, 1) == 2.0 + 16 * 3072 * 4096 / 2**30, "the map, its gradient and its two moments"
 
 
 def test_parameters_of_all_ranks_are_those_of_the_model():

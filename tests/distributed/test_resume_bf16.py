@@ -24,7 +24,7 @@ TRAINING = TrainingConfig(
     max_steps=9, global_batch_size=4, micro_batch_size=2, optim=OptimConfig(lr=1e-4, min_lr=1e-5, warmup_steps=2),
     val_check_interval=0, save_every_n_steps=3, keep_latest_k=1,
 )  # fmt: skip
-TIMINGS = ("tokens_per_second", "model_flops_per_second_per_rank")
+TIMINGS = ("tokens_per_second", "model_flops_per_second_per_rank", "peak_memory_bytes")
 LAYOUTS = {"alone": ALONE, "dp2": LAYOUTS["dp2"]}
 
 

@@ -1,13 +1,10 @@
 """What a training step is said to send is what its ranks send: every collective that torch dispatches is counted."""
 
 import dataclasses
-from collections import Counter
 
 import pytest
-import torch
-import torch.distributed as dist
+from counted_traffic import Counting
 from layouts import share_of_batch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.config.parallel import Recompute
@@ -17,8 +14,8 @@ from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.losses.lm_head import HeadLoss
-from minitron_nemo.steps.memory import Stages
-from minitron_nemo.steps.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Step, sent
+from minitron_nemo.steps.stages import Stages
+from minitron_nemo.steps.traffic import ALL_GATHER, REDUCE_SCATTER, Step
 from minitron_nemo.testing import LLAMA, MISTRAL, random_nemo, run_layout
 from minitron_nemo.training.objectives import DistillationObjective, batch_sums
 from minitron_nemo.training.state import TrainState
@@ -39,50 +36,6 @@ RECOMPUTE = {
     "recomputed": Recompute("full", "uniform", 1),
     "selective": Recompute("selective", None, None, ("core_attn", "mlp")),
 }
-NAMES = {  # of torch's operators, and which argument is whole: what is gathered into, or what is reduced
-    "_allgather_base_": (ALL_GATHER, 0), "allgather_": (ALL_GATHER, 0), "_reduce_scatter_base_": (REDUCE_SCATTER, 1),
-    "allgather_into_tensor_coalesced_": (ALL_GATHER, 0), "reduce_scatter_tensor_coalesced_": (REDUCE_SCATTER, 1),
-    "allreduce_": (ALL_REDUCE, 0), "allreduce_coalesced_": (ALL_REDUCE, 0), "send": (SEND, 0),
-    "broadcast_": ("broadcast", 0),
-}  # fmt: skip
-LOCAL = {"recv_", "recv_any_source_", "monitored_barrier_", "barrier"}
-SMALL = 300  # bytes: sums of the log, norms
-
-
-def flat(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for part in value for tensor in flat(part)] if isinstance(value, list | tuple) else []
-
-
-class Counting(TorchDispatchMode):
-    """Adds up the bytes that each collective over `groups` sends; small ones are left out."""
-
-    def __init__(self, groups) -> None:
-        super().__init__()
-        # The first of these names that fits: a group of the same ranks may have several.
-        ranks = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp, "batch": groups.batch}
-        self.groups = {tuple(dist.get_process_group_ranks(g)): name for name, g in ranks.items() if g is not None}
-        self.bytes: Counter[tuple[str, str]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.note(func.__name__.partition(".")[0], args)
-        return func(*args, **(kwargs or {}))
-
-    def note(self, name: str, args) -> None:
-        if name in LOCAL:
-            return
-        collective, whole = NAMES[name]  # KeyError: an operator that nobody thought of
-        size = sum(tensor.numel() * tensor.element_size() for tensor in flat(args[whole]))
-        if size <= SMALL:
-            return
-        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-        members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(boxed)))
-        if len(members) == 1:
-            return
-        group = self.groups.get(members, "pp" if collective == SEND else str(members))
-        self.bytes[group, collective] += sent(collective, size, len(members))
 
 
 def counted(groups, student_path, teacher_path, options) -> list:
@@ -98,7 +51,7 @@ def counted(groups, student_path, teacher_path, options) -> list:
         HeadLoss(vocab_size=source.arch.vocab_size, chunk_tokens=8, group=groups.tp), teacher
     )
     batches = share_of_batch(source.arch, step=0, size=GLOBAL_BATCH, seq_length=SEQ_LENGTH, groups=groups)
-    with Counting(groups) as counting:
+    with Counting.of(groups) as counting:
         state.zero_gradients()
         batch_sums(state.model, batches, objective, groups=groups, train=True)
         state.step()

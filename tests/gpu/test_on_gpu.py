@@ -9,6 +9,7 @@ from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.losses.divergences.forward_kl import ForwardKL
 from minitron_nemo.losses.divergences.jensen_shannon import JensenShannon
 from minitron_nemo.losses.divergences.top_k_kl import TopKKL
+from minitron_nemo.losses.hidden_state import COSINE, MSE, HiddenStateLoss, StateNorm
 from minitron_nemo.losses.kernels.choice import kernel_for
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.testing import TINY, random_batch, random_nemo
@@ -34,6 +35,42 @@ def final_hidden(rank, path, gpu):
     return forward_hidden(model, [{"tokens": tokens}])[0].cpu().tolist()
 
 
+def states_of_teachers(rank, path, settings):
+    """Final states of a teacher by each of the settings, and whether its layers are on the GPU, as plain lists."""
+    from minitron_nemo.config.teacher import TeacherParallelConfig
+    from minitron_nemo.distillation.teacher import Teacher
+    from minitron_nemo.engine.groups import form_groups
+    from minitron_nemo.engine.model import BuildOptions
+
+    groups = form_groups(rank, Layout(dp=rank.world_size), gpu=True)
+    source, found = open_nemo(path), []
+    tokens = random_batch(source.arch, samples=2, seed=rank.rank)["tokens"].to(groups.device)
+    for values in settings:
+        options = BuildOptions(groups=groups, dtype=torch.bfloat16)
+        teacher = Teacher(source.weights, options, TeacherParallelConfig(**values))
+        passes = [output.final.float().cpu() for output in teacher.outputs([{"tokens": tokens}] * 3)]
+        held = [] if teacher.on_demand is None else [share.device.type for share in teacher.on_demand.shares]
+        found.append(([state.tolist() for state in passes], held))
+    return found
+
+
+def test_a_teacher_in_host_memory_is_the_one_on_the_gpu_to_the_bit(tmp_path):
+    random_nemo(tmp_path / "m.nemo", TINY["llama"])
+    host = [{"cpu_offloading_weights": True, "prefetch_layers": ahead} for ahead in (0, 1, 2)]
+    plain, *offloaded = run_on_ranks(states_of_teachers, tmp_path / "m.nemo", [{}, *host], num_ranks=1, gpu=True)
+    for states, held in offloaded:
+        assert states == plain[0]
+        assert set(held) == {"cpu"}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_teacher_shared_out_over_gpus_is_the_one_on_each_to_the_bit(tmp_path):
+    random_nemo(tmp_path / "m.nemo", TINY["llama"])
+    shared = [{"shard_weights": True, "cpu_offloading_weights": host} for host in (False, True)]
+    plain, *others = run_on_ranks(states_of_teachers, tmp_path / "m.nemo", [{}, *shared], num_ranks=2, gpu=True)
+    assert all(states == plain[0] for states, _ in others)
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_hidden_states_on_gpu_equal_those_on_cpu(family, tmp_path):
     random_nemo(tmp_path / "m.nemo", TINY[family])
@@ -42,6 +79,25 @@ def test_hidden_states_on_gpu_equal_those_on_cpu(family, tmp_path):
         for on_gpu in (False, True)
     )
     torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", [COSINE, MSE])
+def test_hidden_state_loss_on_gpu_equals_that_on_cpu(divergence, dtype):
+    """Its gradient is computed again from the states in the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(40, 2, width, generator=generator).to(dtype) for width in (48, 64))
+    mapped, mask = torch.randn(64, 48, generator=generator) / 7, (torch.rand(40, 2, generator=generator) < 0.7).float()
+    compare = HiddenStateLoss(divergence, StateNorm(False, 1e-5), StateNorm(True, 1e-5))
+    results = []
+    for device in ("cpu", "cuda"):
+        x, weight = (tensor.to(device).requires_grad_() for tensor in (student, mapped))
+        loss = compare(x, teacher.to(device), mask_SB=mask.to(device), map_GH=weight)
+        loss.backward()
+        results.append((loss.cpu(), x.grad.cpu().float(), weight.grad.cpu()))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

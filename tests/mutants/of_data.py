@@ -141,19 +141,37 @@ FAULTS = [
         replace="is_end_BS.cumsum(dim=1)",
         tests="tests/unit/test_calibration.py -k documents",
     ),
-    Fault(
-        "minitron_nemo/engine/attention.py",
-        "documents that are kept apart see those before them",
-        find="| is_other_BTS)[:, None]",
-        replace="| (is_other_BTS & False))[:, None]",
-        tests="tests/distributed/test_logits.py -k 'apart and alone'",
-    ),
-    Fault(
-        "minitron_nemo/engine/attention.py",
-        "documents that are kept apart see what comes later",
-        find="(later(positions_T, documents_BS.shape[1]) | is_other_BTS)",
-        replace="is_other_BTS",
-        tests="tests/distributed/test_logits.py -k 'apart and alone'",
+    *(
+        Fault(
+            "minitron_nemo/engine/attention.py", what, find=find, replace=replace, tests="tests/unit/test_attention.py"
+        )
+        for what, find, replace in (
+            (
+                "documents that a mask keeps apart see those before them",
+                "| is_other_BTS)[:, None]",
+                "| (is_other_BTS & False))[:, None]",
+            ),
+            (
+                "documents that a mask keeps apart see what comes later",
+                "(later(positions_T, documents_BS.shape[1]) | is_other_BTS)",
+                "is_other_BTS",
+            ),
+            (
+                "the first document of a sample goes on from the last of the sample before",
+                "begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)",
+                "begins_BS = torch.zeros_like(documents_BS, dtype=torch.bool); begins_BS[0, 0] = True",
+            ),
+            (
+                "documents are told by their numbers rising, place by place of all samples",
+                "[x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]",
+                "[x.flatten(0, 1) for x in (query, key, value)]",
+            ),
+            (
+                "the kernel for lengths sees what comes later",
+                "window_size=(-1, 0)",
+                "window_size=(-1, -1)",
+            ),
+        )
     ),
     *(
         Fault(

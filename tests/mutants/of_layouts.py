@@ -7,6 +7,8 @@ MODEL = "minitron_nemo/engine/model.py"
 ATTENTION = "minitron_nemo/engine/attention.py"
 WIDER = "tests/distributed/test_interleaved_and_context.py"
 GRADIENTS_OF_PARTS = "tests/distributed/test_against_torch.py -k 'gradients and cp2'"
+ACCELERATIONS = "tests/unit/test_accelerations.py"
+KERNELS = "tests/unit/test_kernels.py"
 INTERLEAVED = f"{WIDER} -k 'pp2_vpp2 and not tp2'"
 
 FAULTS = [
@@ -53,7 +55,7 @@ FAULTS = [
         tests=f"{WIDER} -k tp2_pp2_vpp2_cp2",
     ),
     Fault(
-        "minitron_nemo/steps/memory.py",
+        "minitron_nemo/steps/stages.py",
         "the dry run takes an interleaved pipeline for a plain one",
         find="(1, pp - stage - 1) if vpp == 1 else",
         replace="(1, pp - stage - 1) if True else",
@@ -95,10 +97,10 @@ FAULTS = [
         tests=GRADIENTS_OF_PARTS,
     ),
     Fault(
-        "minitron_nemo/engine/schedule.py",
+        ATTENTION,
         "documents are told apart by the places that a sequence of this rank alone would have",
-        find="mask_apart(documents, positions)",
-        replace="mask_apart(documents, torch.arange(len(positions), device=positions.device))",
+        find="mask_apart(documents_BS, own_positions(documents_BS.shape[1], context)",
+        replace="mask_apart(documents_BS, torch.arange(len(own_positions(documents_BS.shape[1], context)))",
         tests=f"{WIDER} -k cp2_dp2",
     ),
     Fault(
@@ -135,5 +137,60 @@ FAULTS = [
         find="recompute_modules=list(recompute.modules) or None",
         replace="recompute_modules=None",
         tests="tests/distributed/test_recompute.py -x",
+    ),
+    Fault(
+        "minitron_nemo/engine/offload.py",
+        "weights go to the host with the activations",
+        find=" or x.untyped_storage().data_ptr() in weights",
+        replace="",
+        tests="tests/distributed/test_recompute.py",
+    ),
+    Fault(
+        MODEL,
+        "no layer's activations are offloaded",
+        find="model.decoder.layers[: options.cpu_offloading_num_layers]",
+        replace="model.decoder.layers[:0]",
+        tests="tests/distributed/test_recompute.py",
+    ),
+    Fault(
+        MODEL,
+        "a model that is not trained overlaps in the buffers of the one that is",
+        find="cpu_offloading_num_layers=0, tp_comm_overlap=False,",
+        replace="cpu_offloading_num_layers=0,",
+        tests=f"{ACCELERATIONS} -k words",
+    ),
+    Fault(
+        "minitron_nemo/steps/options.py",
+        "eight bits are asked for where nothing can compute them",
+        find="if any(engine.values()) and",
+        replace="if False and",
+        tests=f"{ACCELERATIONS} -k without",
+    ),
+    Fault(
+        "minitron_nemo/steps/settings.py",
+        "a model made in eight bits passes for one that was not",
+        find="**fp8,",
+        replace="",
+        tests=f"{ACCELERATIONS} -k eight",
+    ),
+    Fault(
+        "minitron_nemo/engine/accelerations.py",
+        "buffers have the shape of a whole sequence where ranks share it",
+        find="seq_length // groups.layout.cp * micro_batch_size",
+        replace="seq_length * micro_batch_size",
+        tests=f"{ACCELERATIONS} -k buffers",
+    ),
+    *(
+        Fault("minitron_nemo/engine/rope_kernel.py", what, find=find, replace=replace, tests=f"{KERNELS} -k turns")
+        for what, find, replace in (
+            ("the gradient of a rotation is turned further", "if BACK:", "if not BACK:"),
+            (
+                "channels that are not turned are left unwritten",
+                "(rest >= 2 * half)[None, :] &",
+                "(rest < 0)[None, :] &",
+            ),
+            ("heads lie one after the other", "head * stride_h", "head * channels"),
+            ("the second half is turned by the angles of the first", "place * 2 * half + half + one", "low"),
+        )
     ),
 ]

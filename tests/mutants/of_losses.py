@@ -32,15 +32,15 @@ FAULTS = [
     Fault(
         HEAD,
         "masked tokens count in the sums",
-        find=" * mask_N.double()).sum(dim=1)",
-        replace=").sum(dim=1)",
+        find=" * inputs.mask_N[turn.rows].double()",
+        replace="",
         tests=f"{TEST_HEAD} -k masked",
     ),
     Fault(
         HEAD,
         "masked tokens have a gradient",
-        find="(spec, whole, mask_N, kl_weight=spec.kl_weight)",
-        replace="(spec, whole, torch.ones_like(mask_N), kl_weight=spec.kl_weight)",
+        find="(spec, turn, whole, mask_N, kl_weight=spec.kl_weight)",
+        replace="(spec, turn, whole, torch.ones_like(mask_N), kl_weight=spec.kl_weight)",
         tests=f"{TEST_HEAD} -k masked",
     ),
     Fault(
@@ -74,15 +74,15 @@ FAULTS = [
     Fault(
         OBJECTIVES,
         "labels and mask in another order than the hidden states",
-        find="return x_BS.T.reshape(-1)",
-        replace="return x_BS.reshape(-1)",
+        find="batch[name].T.reshape(-1)",
+        replace="batch[name].reshape(-1)",
         tests=ALONE,
     ),
     Fault(
         OBJECTIVES,
         "logged means are sums",
-        find="{name: value / sums[TOKENS]",
-        replace="{name: value",
+        find="found[name] = value / tokens",
+        replace="found[name] = value",
         tests=ALONE,
     ),
     Fault(
@@ -109,7 +109,7 @@ FAULTS = [
     Fault(
         MODEL,
         "under tensor parallelism the hidden states' gradient is one rank's part",
-        find="return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)",
+        find="return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)",
         replace="return hidden_states",
         tests="tests/distributed/test_against_torch.py -k 'gradients and tp2'",
     ),

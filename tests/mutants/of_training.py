@@ -62,15 +62,16 @@ FAULTS = [
     Fault(
         LOOP,
         "a loss that is not a number is stepped with",
-        find="if not all(map(math.isfinite, values)):",
-        replace="if False:",
+        find="    if is_finite:\n        position.advance("
+        "samples=run.config.global_batch_size, tokens=int(sums[TOKENS]))",
+        replace="    if True:\n        position.advance(samples=run.config.global_batch_size, tokens=0)",
         tests="tests/distributed/test_against_torch.py -k not_finite",
     ),
     Fault(
         "minitron_nemo/steps/train.py",
         "validation reads training samples",
-        find="valid_batch=batches_on(groups.device, valid_data,",
-        replace="valid_batch=batches_on(groups.device, train_data,",
+        find="valid_batch = batches_on(groups.device, valid_data,",
+        replace="valid_batch = batches_on(groups.device, train_data,",
         tests=STEPS,
     ),
     Fault(
@@ -117,8 +118,8 @@ FAULTS = [
     Fault(
         STATE,
         "the schedule stands still",
-        find="self.schedule.step(increment=1)",
-        replace="self.schedule.step(increment=0)",
+        find="self.schedule.step(increment=1)\n        return",
+        replace="self.schedule.step(increment=0)\n        return",
         tests=STEPS,
     ),
     Fault(
@@ -227,17 +228,17 @@ FAULTS = [
         tests=f"{RIGHT_MODELS} -k last_validation",
     ),
     Fault(
-        "recipes/distill.py",
+        "minitron_nemo/steps/distillation.py",
         "the student's start is its own teacher",
-        find="open_nemo(section.teacher)",
-        replace="open_nemo(section.checkpoint)",
+        find="{role: open_nemo(path) for role",
+        replace="{role: open_nemo(section.checkpoint) for role",
         tests=f"{RIGHT_MODELS} -k first_step",
     ),
     Fault(
         "recipes/distill.py",
         "the teacher is trained in the student's place",
-        find="student, teacher = open_nemo(section.checkpoint), open_nemo(section.teacher)",
-        replace="teacher, student = open_nemo(section.checkpoint), open_nemo(section.teacher)",
+        find="student = open_nemo(section.checkpoint)",
+        replace="student = open_nemo(section.teacher)",
         tests=f"{RIGHT_MODELS} -k first_step",
     ),
     Fault(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import logits_of
+from safetensors.torch import load_file
 from tiny_run import MODELS, NUM_STEPS, ROOT, tree, write_tiny_run
 
 from minitron_nemo.artefacts.manifest import read_manifest, verify_files
@@ -21,8 +22,10 @@ from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.importance.scores import read_scores
 from minitron_nemo.importance.sums import read_sums
+from minitron_nemo.pruning.plan import read_plan
 from minitron_nemo.shape.axes import shrink
 from minitron_nemo.testing import ALONE, run_layout
+from minitron_nemo.training.checkpoints import BESIDE
 from recipes.pipeline import main as run_pipeline
 
 CHECKPOINT = "checkpoints/pretrained/step_00000002"
@@ -105,7 +108,12 @@ def test_every_rank_has_a_log_in_the_run_folder(chain):
         assert other.is_file()
     log = (run_dir / "logs" / "pretrained" / "rank_00001.log").read_text()
     assert "resumed from" in log, "what only rank 0 says on standard error, every rank says in its log"
-    assert "torch AdamW" in (run_dir / "logs" / "width_student" / "rank_00000.log").read_text()
+    width, depth = (
+        (run_dir / "logs" / f"{name}_student" / "rank_00000.log").read_text() for name in ("width", "depth")
+    )
+    assert "torch AdamW" in width
+    for log in (width, depth):
+        assert "teacher: layers in host memory" in log
 
 
 def test_shapes_are_those_asked_for(chain):
@@ -115,6 +123,26 @@ def test_shapes_are_those_asked_for(chain):
     )
     assert width == shrink(teacher, hidden_size=24, ffn_hidden_size=48)
     assert depth == shrink(teacher, num_layers=2)
+
+
+def test_students_learn_the_hidden_states_of_the_layers_that_they_were(chain):
+    """And what was trained for that beside them is in training checkpoints alone."""
+    run_dir, _ = chain
+    maps = {
+        "width_student": {"weight", "map.weight", "map.exp_avg", "map.exp_avg_sq", "map.step"},
+        "depth_student": {"weight"},
+    }
+    for student, beside in maps.items():
+        checkpoint = run_dir / "checkpoints" / student / "step_00000002"
+        assert set(load_file(checkpoint / BESIDE)) == beside
+        plan = read_plan(run_dir / student.replace("student", "pruned.nemo") / "plan.json")
+        pairs = ", ".join(f"{theirs + 1}:{ours + 1}" for ours, theirs in enumerate(plan.layers))
+        objective = read_manifest(checkpoint, kind=None).extra["objective"]
+        assert objective.endswith(f"automatic weight x layer_outputs_cosine (teacher:student {pairs})")
+        log = (run_dir / "logs" / student / "metrics.jsonl").read_text().splitlines()
+        weights = [record["hidden_states_weight"] for record in map(json.loads, log) if "loss" in record]
+        assert weights[0] == 0 < min(weights[1:])
+    assert not [key for key in load_file(run_dir / "width_student_hf" / "model.safetensors") if "map" in key]
 
 
 def test_importance_says_what_it_was_heard_on_and_keeps_nothing_beside_it(chain):

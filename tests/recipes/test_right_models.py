@@ -10,6 +10,7 @@ import torch
 from tiny_run import write_tiny_run
 from torch.nn import functional
 
+from minitron_nemo.artefacts.manifest import manifest_sha256
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.cli import run_command
 from minitron_nemo.config.compose import compose
@@ -43,6 +44,7 @@ def run(tmp_path_factory):
         make("export_hf", f"export_hf.checkpoint={folder}/{name}.nemo", f"export_hf.output={folder}/{name}_hf")
     distilled = [f"distill.{role}={folder}/{name}.nemo" for role, name in
                  (("checkpoint", "student"), ("teacher", "teacher"), ("output", "trained"))]  # fmt: skip
+    distilled += ["distill.check_teacher=false"]  # a model of random weights guesses worse than chance
     make("distill", *distilled, "distill.training.save_every_n_steps=0")
     return folder, make, config_dir
 
@@ -74,6 +76,58 @@ def test_the_first_step_is_the_divergence_of_the_named_models_on_the_first_sampl
     first = records(folder, "trained")[0]
     assert divergence > 0.1, "models that are alike would prove nothing"
     assert (first["forward_kl"], first["cross_entropy"]) == pytest.approx((divergence, cross_entropy), rel=1e-5)
+
+
+def test_several_teachers_teach_the_sources_that_they_are_named_for(run):
+    from transformers import AutoModelForCausalLM
+
+    folder, make, config_dir = run
+    named = [f"+distill.teachers.{name}={{checkpoint: {folder}/{model}.nemo, sources: {sources}}}" for name, model,
+             sources in (("one", "teacher", "{first: 3}"), ("two", "stranger", "{first: 1, second: 0.5}"))]  # fmt: skip
+    make("distill", *named, f"distill.checkpoint={folder}/student.nemo", f"distill.output={folder}/taught.nemo",
+         "distill.check_teacher=false", "distill.training.max_steps=1")  # fmt: skip
+    manifest = open_nemo(folder / "taught.nemo").manifest
+    hashes = {role: manifest_sha256(folder / f"{name}.nemo") for role, name in
+              (("student", "student"), ("teacher_one", "teacher"), ("teacher_two", "stranger"))}  # fmt: skip
+    assert manifest.parents == hashes
+    assert manifest.config["teachers"] == {
+        "one": {"sources": {"first": 3.0}}, "two": {"sources": {"first": 1.0, "second": 0.5}}
+    }  # fmt: skip
+
+    blend = blend_for(compose("tiny", [], config_dir=config_dir), open_nemo(folder / "student.nemo"), purpose="distill")
+    train, _ = build_datasets(blend, num_train=GLOBAL_BATCH, num_valid=0)
+    samples = batch(train, range(GLOBAL_BATCH))
+    log_q, *log_ps = (
+        functional.log_softmax(
+            AutoModelForCausalLM.from_pretrained(folder / f"{name}_hf", dtype=torch.float32)(samples["tokens"])
+            .logits.detach()
+            .double(),
+            dim=-1,
+        )
+        for name in ("student", "teacher", "stranger")
+    )
+    one, two = ((log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p in log_ps)
+    is_first = samples["sources"] == 0
+    assert 0 < is_first.sum() < is_first.numel()
+    (record,) = [record for record in records(folder, "taught") if "forward_kl" in record]
+    wanted = {
+        "forward_kl/source_first": float((0.75 * one + 0.25 * two)[is_first].mean()),
+        "forward_kl/source_second": float(two[~is_first].mean()),
+        "forward_kl/teacher_one": float(one[is_first].mean()),
+    }
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert record["peak_memory_bytes"] > 1e7
+    split = [record[f"{name}_flops_per_second_per_rank"] for name in ("model", "student", "teacher")]
+    assert split[0] == pytest.approx(sum(split[1:]))
+    assert split[1] > split[2] > 0
+
+
+def test_a_teacher_that_guesses_worse_than_chance_is_refused_before_the_first_step(run, capsys):
+    folder, make, _ = run
+    make("distill", f"distill.checkpoint={folder}/student.nemo", f"distill.teacher={folder}/teacher.nemo",
+         f"distill.output={folder}/untaught.nemo", code=2)  # fmt: skip
+    assert "the teacher guesses no better than chance: cross-entropy " in capsys.readouterr().err
+    assert not (folder / "logs" / "untaught" / "metrics.jsonl").exists()
 
 
 def test_the_last_validation_of_a_distillation_is_what_evaluate_says_of_the_student(run):

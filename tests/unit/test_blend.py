@@ -18,6 +18,7 @@ from minitron_nemo.config.schema import CorpusConfig
 from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.datasets import _megatron_config, batch, build_datasets
 from minitron_nemo.data.prepare import prepare_corpus
+from minitron_nemo.data.sample_ids import SampleId, sample_ids
 from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
 from minitron_nemo.errors import UserError
 
@@ -73,6 +74,7 @@ def test_samples_have_the_right_shapes_and_labels_are_one_token_ahead(build):
     values = all_samples(train, 40)
     assert {name: (tuple(x.shape), x.dtype) for name, x in values.items()} == {
         "tokens": ((40, 16), torch.int64), "labels": ((40, 16), torch.int64), "loss_mask": ((40, 16), torch.float32),
+        "sources": ((40, 16), torch.int64),
     }  # fmt: skip
     assert torch.equal(values["tokens"][:, 1:], values["labels"][:, :-1])
     assert (values["loss_mask"] == 1).all()
@@ -317,3 +319,30 @@ def test_a_pair_and_facts_that_disagree_are_refused(build, world, tmp_path):
     (tmp_path / "web.json").write_text(json.dumps({**facts, "tokens": facts["tokens"] + 1}))
     with pytest.raises(UserError, match=r"web\.json says .* tokens, \.idx"):
         build(weights={"web": 1.0}, prepared=tmp_path)
+
+
+def test_a_sample_is_a_stretch_of_the_documents_that_it_is_said_to_be_of(build, world):
+    for weights in (WEIGHTS, {"code": 1.0}):
+        train, _ = build(weights=weights, num_valid=0)
+        found = sample_ids(train, range(40), sources=sorted(weights))
+        assert {sample.source for sample in found} == set(weights)
+        assert max(len(sample.documents) for sample in found) > 1
+        for sample in found:
+            corpus = IndexedDataset(str(world[0] / sample.source))
+            text = [token for number in sample.documents for token in corpus[number].tolist()]
+            tokens = train[sample.number]["tokens"].tolist()
+            assert any(text[n : n + len(tokens)] == tokens for n in range(len(corpus[sample.documents[0]])))
+
+
+def test_a_sample_is_named_in_few_words():
+    assert str(SampleId(57, "code", (12,))) == "sample 57 of code (document 12)"
+    assert str(SampleId(57, "code", (12, 13, 14, 15))) == "sample 57 of code (documents 12, 13, 14, ...)"
+
+
+def test_every_token_of_a_sample_says_its_source(build):
+    train, _ = build()
+    values = all_samples(train, 40)
+    wanted = torch.tensor([sample.source == "web" for sample in sample_ids(train, range(40), sources=("code", "web"))])
+    assert torch.equal(values["sources"], wanted.long()[:, None].expand(40, 16))
+    alone, _ = build(weights={"web": 1.0})
+    assert not all_samples(alone, 40)["sources"].any()

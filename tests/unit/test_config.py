@@ -34,7 +34,7 @@ SOURCE = ModelArch(
 MAY_BE_ZERO = {
     "seed", "first_sample", "teacher_window", "cached_tokens", "min_lr", "num_fewshot", "warmup_steps", "weight_decay",
     "betas", "gradient_clip_val", "val_check_interval", "save_every_n_minutes", "save_every_n_steps", "init_method_std",
-    "kl_weight", "cross_entropy_weight",
+    "kl_weight", "cross_entropy_weight", "cpu_offloading_num_layers", "prefetch_layers",
 }  # fmt: skip
 VALUES = {
     "wrong type": "certainly not",
@@ -332,7 +332,7 @@ def test_a_batch_must_be_shared_by_the_data_parallel_ranks():
 
 def test_an_interleaved_pipeline_is_asked_of_every_number_of_micro_batches():
     interleaved = [
-        "trainer.devices=4", "parallel.pipeline_model_parallel_size=2",
+        "trainer.devices=4", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2",
         "parallel.virtual_pipeline_model_parallel_size=2", "distill.training.global_batch_size=8",
         "distill.training.micro_batch_size=1",
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from minitron_nemo.config.compose import compose
 from minitron_nemo.errors import UserError
 from minitron_nemo.steps.describe import describe, training_lines, weight_lines
 from minitron_nemo.steps.forecast import checkpoint_sizes, model_size, token_bytes
+from minitron_nemo.steps.teacher_memory import teacher_states
 from recipes import distill, import_hf
 
 
@@ -37,6 +38,48 @@ def test_four_times_the_nodes_take_a_quarter_of_the_hours_and_as_many_gpu_hours(
 def test_a_run_on_the_cpu_is_given_no_hours_of_a_gpu():
     config = compose("quickstart", ["trainer.accelerator=cpu"])
     assert not [text for text in training_lines(config, config.distill.training, with_teacher=True) if "H100" in text]
+
+
+def test_the_memory_of_a_teacher_that_lies_elsewhere_is_that_of_the_sum_on_paper():
+    """Llama-3.1-8B in bf16, tensor parallel over 2 of 8 ranks: of each layer a part, two layers in full, both ends."""
+    settings, of = "distill.teacher_parallel.", {}
+    layer = (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 14336) // 2 + 2 * 4096
+    ends = 2 * 128256 * 4096 // 2 + 4096
+    for name, overrides in {
+        "here": [],
+        "shared": [f"{settings}shard_weights=true"],
+        "host": [f"{settings}cpu_offloading_weights=true"],
+        "both": [f"{settings}shard_weights=true", f"{settings}cpu_offloading_weights=true"],
+        "one": [f"{settings}tensor_model_parallel_size=1", f"{settings}shard_weights=true"],
+    }.items():
+        config = compose("llama31_width", ["parallel.tensor_model_parallel_size=2", *overrides])
+        of[name] = training_lines(config, config.distill.training, with_teacher=True)
+    found = {name: float(re.search(r"teacher ([\d.]+)", lines[1])[1]) * 2**30 / 2 for name, lines in of.items()}
+    near = lambda parameters: pytest.approx(parameters, abs=0.0051 * 2**30 / 2)  # noqa: E731 (as it is printed)
+    assert found["here"] == near(ends + 32 * layer)
+    assert found["shared"] == near(ends + 2 * layer + 32 * layer / 4)
+    assert found["host"] == found["both"] == near(ends + 2 * layer)
+    whole = 2 * layer - 2 * 4096  # of tensor degree 1; its embedding is whole, its head split as the student's
+    assert found["one"] == near(1.5 * (ends - 4096) + 4096 + 2 * whole + 32 * whole / 8)
+    assert of["host"][2] == f"  beside    teacher: layers in host memory, {32 * layer * 2 / 2**30:.2f} GiB a rank"
+    assert of["both"][2] == (
+        "  beside    teacher: weights of layers shared out over 4 ranks; layers in host memory, "
+        f"{8 * layer * 2 / 2**30:.2f} GiB a rank"
+    )
+    assert of["one"][2] == (
+        "  beside    teacher: tensor 1, pipeline 1, data 8; weights of layers shared out over 8 ranks"
+    )
+
+
+def test_teacher_states_that_wait_are_those_of_the_window_and_of_its_own_copy():
+    for tp, own, pp, window, states in ((2, 2, 1, 0, 1), (2, 1, 1, 0, 3), (1, 2, 1, 0, 2), (2, 2, 2, 16, 16),
+                                        (2, 1, 2, 16, 24), (1, 2, 2, 16, 32)):  # fmt: skip
+        config = compose("llama31_width", [
+            f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}",
+            f"distill.teacher_parallel.tensor_model_parallel_size={own}", f"distill.teacher_window={window}",
+            "parallel.sequence_parallel=false",
+        ])  # fmt: skip
+        assert teacher_states(config, window or 144) == states
 
 
 def test_the_disk_of_the_published_run():

@@ -139,6 +139,18 @@ def test_loss_curves_show_training_and_validation_of_every_trained_model(run):
     assert plots.loss_curves({"teacher": [{"step": 1, "cross_entropy": math.nan}]}, list(ARCHS)) == ""
 
 
+def test_forward_kl_by_place_is_that_of_the_last_validation():
+    def record(step, *values):
+        parts = ("0-1", "2-9", "10-11")
+        return {"step": step, **{f"val_forward_kl/position_{part}": x for part, x in zip(parts, values, strict=True)}}
+
+    records = [record(1, 9.0, 9.0, 9.0), record(2, 3.0, 1.0, 2.0), {"step": 3, "forward_kl": 1.0}]
+    assert plots._by_place(records) == ([0.0, 2.0, 10.0, 12.0], [3.0, 1.0, 2.0])
+    drawn = plots.loss_curves({"student": records}, ["student"])
+    assert drawn.count("<svg ") == 1
+    assert "Forward KL by place in the sample" in drawn
+
+
 def test_importance_has_a_panel_for_every_scored_axis(run):
     report = collect(run, list(ARCHS))
     drawn = plots.importance(report.scores, report.plans)

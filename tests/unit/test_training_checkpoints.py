@@ -15,8 +15,9 @@ from minitron_nemo.training.checkpoints import KIND, CheckpointFolder
 from minitron_nemo.training.metrics import MetricsWriter
 
 
-def publish(folder, step, fingerprint, **extra):
-    with publishing(folder / f"step_{step:08d}", kind=KIND, origin=Origin(fingerprint), extra=extra) as draft:
+def publish(folder, step, fingerprint, *, parents=None, **extra):
+    origin = Origin(fingerprint, parents=parents or {})
+    with publishing(folder / f"step_{step:08d}", kind=KIND, origin=origin, extra=extra) as draft:
         (draft.folder / "state").write_text(fingerprint)
 
 
@@ -63,6 +64,21 @@ def test_a_run_that_minimizes_something_else_is_not_begun_anew_unasked(tmp_path)
         other.resume(None)
     dataclasses.replace(other, overwrite=True).resume(None)
     dataclasses.replace(other, objective=minimized).resume(None)  # other data, say: as before
+
+
+def test_a_run_with_another_teacher_is_not_begun_anew_unasked(tmp_path):
+    """A changed teacher, or another one, makes another fingerprint; the run would begin at the first step."""
+    publish(tmp_path, 4, "old", parents={"student": "a" * 64, "teacher": "b" * 64})
+    run = CheckpointFolder(tmp_path, "new", LLAMA, groups=Groups(), layout="alone",
+                           parents={"student": "a" * 64, "teacher": "c" * 64})  # fmt: skip
+    with pytest.raises(UserError, match=r"step_00000004 learned from another teacher \(b{12}\), this is c{12}: go on"):
+        run.resume(None)
+    with pytest.raises(UserError, match=r"another teacher \(b{12}\), this is none"):
+        dataclasses.replace(run, parents={}).resume(None)
+    dataclasses.replace(run, overwrite=True).resume(None)
+    dataclasses.replace(run, parents={"student": "d" * 64, "teacher": "b" * 64}).resume(None)  # as before
+    publish(tmp_path, 5, "of a time that wrote no parents down")
+    run.resume(None)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -101,3 +101,7 @@ def test_the_schedule_warms_up_for_as_long_as_is_said():
 
 def test_a_metric_without_words_goes_by_its_name():
     assert in_words({"loss": 1.0, "hidden_state_loss": 0.25}) == "hidden state loss 0.25"
+
+
+def test_what_is_of_some_tokens_alone_makes_no_line_longer():
+    assert in_words({**LOSSES, "forward_kl/source_code": 1.0, "forward_kl/position_0-7": 2.0}) == in_words(LOSSES)
