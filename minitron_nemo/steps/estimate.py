@@ -33,7 +33,7 @@ from minitron_nemo.progress import progress
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.steps.kept_sums import KeptSums
 from minitron_nemo.steps.score_folders import Estimated
-from minitron_nemo.steps.settings import precision_of
+from minitron_nemo.steps.settings import precision_in_words
 from minitron_nemo.training.objectives import LanguageModelObjective
 
 
@@ -83,7 +83,7 @@ def heard_by(config: Config, model: NemoFolder, calibration: CalibrationSet) -> 
         seq_length=calibration.tokens.shape[1],
         tokenizer=load_tokenizer(model.tokenizer).fingerprint,
         model=model.sha256,
-        precision=precision_of(config).value,
+        precision=precision_in_words(config),
     )
 
 

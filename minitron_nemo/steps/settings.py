@@ -19,6 +19,12 @@ def precision_of(config: Config) -> Precision:
     return Precision.bf16 if uses_gpu(config.trainer.accelerator.value) else Precision.fp32
 
 
+def precision_in_words(config: Config) -> str:
+    """What models compute in: `bf16`, or `bf16, fp8 hybrid delayed`; what differs in it is not the same result."""
+    precision, fp8 = precision_of(config).value, config.trainer.fp8
+    return precision if fp8 is None else f"{precision}, fp8 {fp8.value} {config.trainer.fp8_recipe.value}"
+
+
 def role_of(name: str) -> str:
     """What a teacher is to its student, and among the parents of what it made: `teacher`, or `teacher_NAME`."""
     return f"teacher_{name}" if name else "teacher"
@@ -68,11 +74,8 @@ def blend_for(
 
 def settings_of(section: Any, config: Config, blend: "Blend") -> dict[str, Any]:
     """What shapes the result of a step that runs a model on data: its section, the precision, and what it reads."""
-    trainer = config.trainer
-    fp8 = {} if trainer.fp8 is None else {"fp8": [trainer.fp8.value, trainer.fp8_recipe.value]}
     return {
         **identity(section),
-        "precision": precision_of(config).value,
-        **fp8,
+        "precision": precision_in_words(config),
         "data": {**identity(config.data), **blend.identity()},
     }

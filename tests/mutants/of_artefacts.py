@@ -105,7 +105,7 @@ FAULTS = [
     Fault(
         SETTINGS,
         "the precision is not in the fingerprint",
-        find='"precision": precision_of(config).value,',
+        find='"precision": precision_in_words(config),',
         replace="",
         tests=FINGERPRINT,
     ),

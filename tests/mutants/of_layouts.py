@@ -169,8 +169,15 @@ FAULTS = [
     Fault(
         "minitron_nemo/steps/settings.py",
         "a model made in eight bits passes for one that was not",
-        find="**fp8,",
-        replace="",
+        find='"precision": precision_in_words(config)',
+        replace='"precision": precision_of(config).value',
+        tests=f"{ACCELERATIONS} -k eight",
+    ),
+    Fault(
+        "minitron_nemo/steps/estimate.py",
+        "sums heard in eight bits add up to others",
+        find="precision=precision_in_words(config),",
+        replace='precision="bf16",',
         tests=f"{ACCELERATIONS} -k eight",
     ),
     Fault(

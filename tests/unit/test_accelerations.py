@@ -13,8 +13,10 @@ from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine import accelerations
 from minitron_nemo.engine.model import BuildOptions, transformer_config
 from minitron_nemo.errors import UserError
+from minitron_nemo.steps import estimate
+from minitron_nemo.steps.estimate import heard_by
 from minitron_nemo.steps.options import build_options
-from minitron_nemo.steps.settings import precision_of, settings_of
+from minitron_nemo.steps.settings import settings_of
 from minitron_nemo.testing import LLAMA
 
 ON_GPUS = ["trainer.accelerator=gpu", "trainer.precision=bf16"]
@@ -59,12 +61,16 @@ def test_without_transformer_engine_nothing_is_built(asked):
         build_options(compose("quickstart", [*ON_GPUS, asked]), Groups())
 
 
-def test_eight_bits_make_another_model_and_are_in_its_fingerprint():
+def test_eight_bits_make_another_model_and_are_in_its_fingerprint(monkeypatch):
+    """And scores that were summed up in eight bits do not add up to others."""
     blend = SimpleNamespace(identity=dict)
+    calibration = SimpleNamespace(fingerprint="", tokens=torch.zeros(1, 2))
+    model = SimpleNamespace(tokenizer="", sha256="")
+    monkeypatch.setattr(estimate, "load_tokenizer", lambda path: SimpleNamespace(fingerprint=""))
     plain, eight = (compose("quickstart", [*ON_GPUS, *more]) for more in ([], ["trainer.fp8=hybrid"]))
-    assert precision_of(eight) == precision_of(plain)
-    assert "fp8" not in settings_of(plain.distill, plain, blend)
-    assert settings_of(eight.distill, eight, blend)["fp8"] == ["hybrid", "delayed"]
+    for config, said in ((plain, "bf16"), (eight, "bf16, fp8 hybrid delayed")):
+        assert settings_of(config.distill, config, blend)["precision"] == said
+        assert heard_by(config, model, calibration).precision == said
 
 
 def test_buffers_for_overlap_have_the_shape_of_a_micro_batch(monkeypatch):
