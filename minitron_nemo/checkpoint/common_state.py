@@ -6,9 +6,14 @@ of a dict. Whatever class it names is answered by an inert record, whose fields 
 
 import io
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
-from minitron_nemo.checkpoint.restricted_metadata import DTYPES, Record, one_line, read_state
+from minitron_nemo.artefacts.contents import Contents, has, read_small
+from minitron_nemo.artefacts.paths import is_plain_name
+from minitron_nemo.artefacts.stretch import Stretch
+from minitron_nemo.checkpoint.restricted_metadata import DTYPES, Record, StoredObject, one_line, read_state
+from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, COMMON_OBJECT
 from minitron_nemo.errors import UserError
 
 COMMON_LIMIT = 64 * 2**20  # bytes; arguments are some dozen KiB, and optimizers without shards keep little more there
@@ -36,6 +41,22 @@ def named(module: str, name: str) -> Any:
     is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     is_megatron = module.split(".")[0] == "megatron"  # its enumerations and records, by release
     return Record if is_storage or is_megatron or (module, name) in _RECORDS else None
+
+
+def common_state(contents: Contents, objects: Mapping[str, StoredObject]) -> dict[str, Any] | None:
+    """That of a torch_dist folder whose `objects` are known; None where it has none."""
+    if has(contents, COMMON_FILE):
+        data = read_small(contents, COMMON_FILE, limit=COMMON_LIMIT)
+        return read_common_state(data, source=str(contents.path / COMMON_FILE))
+    place = objects.get(COMMON_OBJECT)
+    if place is None:
+        return None
+    source = contents.path / place.file
+    file = contents.find(place.file) if is_plain_name(place.file) else None
+    if file is None or place.start + place.length > file.length or place.length > COMMON_LIMIT:
+        raise UserError(f"{source}: .metadata places {COMMON_OBJECT} there, where there is no such stretch of a file")
+    data = Stretch(file.path, file.start + place.start, place.length).read()
+    return read_common_state(data, source=str(source))
 
 
 def read_common_state(data: bytes, *, source: str) -> dict[str, Any]:

@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Place
 from minitron_nemo.checkpoint.geometry import Box, whole
+from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.source import ShapedSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.tensors import FINAL_NORM, LAYER, OUTPUT, LogicalTensor, TensorRow, logical_tensors, tensor_table
+from minitron_nemo.shape.tensors import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT,
+    LogicalTensor,
+    TensorRow,
+    logical_tensors,
+    tensor_table,
+)
 
 # What a training run of others keeps beside the weights: nothing of it is part of a model.
 NO_WEIGHTS = re.compile(
@@ -38,7 +48,7 @@ class TorchDistWeights(ShapedSource):
 
     def __init__(
         self,
-        reader: str | Path | TorchDistReader,
+        folder: Place | TorchDistReader,
         arch: ModelArch,
         *,
         source: str,
@@ -47,7 +57,7 @@ class TorchDistWeights(ShapedSource):
         of_training: bool = False,
     ) -> None:
         super().__init__(arch)
-        self.reader = reader if isinstance(reader, TorchDistReader) else TorchDistReader(reader, sha256=sha256)
+        self.reader = folder if isinstance(folder, TorchDistReader) else TorchDistReader(folder, sha256=sha256)
         self.prefix, self.of_training = prefix, of_training
         self._dtype = self._check(source)
 
@@ -67,7 +77,9 @@ class TorchDistWeights(ShapedSource):
     def _check(self, source: str) -> torch.dtype:
         reader, rows = self.reader, tensor_table(self.arch)
         keys = {row: self.prefix + row.key for row in rows}
-        stored = {key for key in reader.keys() if not (self.of_training and NO_WEIGHTS.fullmatch(key))}
+        stored = set(reader.keys())
+        if self.of_training:
+            stored -= {key for key in stored if NO_WEIGHTS.fullmatch(key)}
         for row, key in keys.items():
             expected = stored_shape(row, self.arch)
             if key not in stored:
@@ -119,16 +131,20 @@ def write_stream(
     prefix: str = "",
     common: Mapping[str, Any] | None = None,
     common_is_object: bool = False,
+    file: HashingFile | None = None,
 ) -> dict[str, str]:
     """Write every logical tensor of a model, stored as `dtype`, as a whole torch_dist folder.
 
     Each of the ranks of `layout` (one without it) has a file with the boxes that it would hold, so that it reads its
-    own; the vocabulary is not padded. `prefix` stands before each key; `common` is the common state.
+    own; the vocabulary is not padded. `prefix` stands before each key; `common` is the common state. `file` is where
+    the only rank writes when not into the folder.
 
     Returns the SHA-256 of the files of weights by name. Raises AssertionError for a tensor of another shape than the
     model's, and when some are missing at the end.
     """
-    missing, holders = logical_tensors(arch), _Holders(arch, layout or Layout())
+    missing, layout = logical_tensors(arch), layout or Layout()
+    assert file is None or layout.model_ranks == 1, "one file takes what one rank writes"
+    holders = _Holders(arch, layout)
     writers: dict[int, TorchDistWriter] = {}
     with ExitStack() as stack:
         for name, tensor in tensors:
@@ -138,7 +154,7 @@ def write_stream(
             tensor = tensor.to(dtype)
             for rank, box in holders.of(logical):
                 if rank not in writers:
-                    writers[rank] = TorchDistWriter(folder, rank=rank)
+                    writers[rank] = TorchDistWriter(folder, rank=rank, file=file)
                     stack.callback(writers[rank].close)
                 place = stored_box(logical, box)
                 chunk, global_shape = tensor[box.slices()].reshape(place.size), stored_shape(logical.row, arch)
