@@ -25,7 +25,7 @@ _HEADER_LIMIT = 2**20  # bytes of zip directory and description; those of a plai
 _DESCRIPTION_LIMIT = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEAST_RUN = 4096  # bytes; shorter runs are read with what lies between them
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
@@ -82,13 +82,13 @@ def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> Pla
     fits = first + count <= stored and stored * dtype.itemsize <= data.file_size
     if not (contiguous and fits and count):
         return None
-    begin = _data_start(stretch, data)
+    begin = data_start(stretch, data)
     if begin + stored * dtype.itemsize > stretch.length:
         return None
     return PlainTensor(begin + first * dtype.itemsize, dtype, shape)
 
 
-def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
+def data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
     """Where the bytes of an entry begin: behind its local header."""
     stretch.seek(entry.header_offset)
     magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stretch.read(_LOCAL_HEADER.size))
@@ -99,7 +99,7 @@ def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
 
 def _bytes(stretch: StretchFile, entry: zipfile.ZipInfo) -> bytes:
     """A small entry. Its CRC is not looked at: manifests have a SHA-256, and torch can leave the CRC out."""
-    stretch.seek(_data_start(stretch, entry))
+    stretch.seek(data_start(stretch, entry))
     return stretch.read(entry.file_size)
 
 
@@ -126,7 +126,7 @@ def _described(pickled: bytes) -> Any:
             stack.append(items)
         elif name == "BINPERSID":
             _, storage, key, _, elements = stack.pop()
-            stack.append((_STORAGES[storage.removeprefix("torch ")], key, elements))
+            stack.append((STORAGES[storage.removeprefix("torch ")], key, elements))
         elif name == "REDUCE":
             arguments = stack.pop()
             stack.append(_called(stack.pop(), arguments))

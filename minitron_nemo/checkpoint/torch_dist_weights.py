@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import (
+    EMBEDDING,
     FINAL_NORM,
     LAYER,
     OUTPUT,
@@ -37,28 +38,35 @@ NO_WEIGHTS = re.compile(
 )
 
 
-class TorchDistWeights(ShapedSource):
-    """The logical tensors of a model of shape `arch` in a torch_dist folder, the vocabulary's padding trimmed.
+class StackedTensors(Protocol):
+    """Tensors of a checkpoint by key, those of all layers stacked under one."""
+
+    folder: Path
+
+    def keys(self) -> list[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def read(self, key: str, box: Box | None = None) -> Tensor: ...
+
+    def verify(self) -> None: ...
+
+
+class StackedWeights(ShapedSource):
+    """The logical tensors of a model of shape `arch` in stacked tensors, the vocabulary's padding trimmed.
 
     `prefix` stands before each key. In a checkpoint `of_training` by others there may be what is no weight.
-    Files that `sha256` lists are hashed while they are read, for `verify` to judge. Raises UserError, on opening, for a
-    tensor that is missing, extra, misshapen or of two dtypes; `source` is named in the message as what describes the
-    shape.
+    Raises UserError, on opening, for a tensor that is missing, extra, misshapen or of two dtypes; `source` is named in
+    the message as what describes the shape.
     """
 
     def __init__(
-        self,
-        folder: Place | TorchDistReader,
-        arch: ModelArch,
-        *,
-        source: str,
-        sha256: Mapping[str, str] | None = None,
-        prefix: str = "",
-        of_training: bool = False,
+        self, reader: StackedTensors, arch: ModelArch, *, source: str, prefix: str = "", of_training: bool = False
     ) -> None:
         super().__init__(arch)
-        self.reader = folder if isinstance(folder, TorchDistReader) else TorchDistReader(folder, sha256=sha256)
-        self.prefix, self.of_training = prefix, of_training
+        self.reader, self.prefix, self.of_training = reader, prefix, of_training
         self._dtype = self._check(source)
 
     def dtype(self, name: str | None = None) -> torch.dtype:
@@ -96,6 +104,21 @@ class TorchDistWeights(ShapedSource):
             if reader.dtype(key) != dtype:
                 raise UserError(f"{reader.folder}: tensor {key} is {reader.dtype(key)}, others are {dtype}")
         return dtype
+
+
+def vocabulary_rows(reader: StackedTensors, *, prefix: str = "") -> int:
+    """Rows of the embedding, its padding included; UserError where there is none."""
+    key = prefix + EMBEDDING
+    if key not in set(reader.keys()):
+        raise UserError(f"{reader.folder}: no tensor {key}; only models of the kind GPT are read")
+    return reader.shape(key)[0]
+
+
+class TorchDistWeights(StackedWeights):
+    """The same in a torch_dist folder of ours; files that `sha256` lists are hashed while they are read."""
+
+    def __init__(self, folder: Place, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None) -> None:
+        super().__init__(TorchDistReader(folder, sha256=sha256), arch, source=source)
 
 
 def stored_shape(row: TensorRow, arch: ModelArch) -> tuple[int, ...]:

@@ -31,11 +31,10 @@ from minitron_nemo.checkpoint.formats.megatron_config import (
 from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, copy_tokenizer
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.tensors import EMBEDDING
 
 NAME = "megatron"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -70,9 +69,7 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
         raise UserError(f"{contents.path}: files of one rank each (ckpt_format=torch); save it again as torch_dist")
     reader = TorchDistReader(contents)
     state = common_state(contents, reader.objects)
-    if EMBEDDING not in reader.keys():
-        raise UserError(f"{contents.path}: no tensor {EMBEDDING}; give a checkpoint of a GPT model saved as torch_dist")
-    rows = reader.shape(EMBEDDING)[0]
+    rows = vocabulary_rows(reader)
     if has(contents, RUN_CONFIG_FILE):
         source, (arch, notes) = RUN_CONFIG_FILE, _arch_of_run_config(contents, rows)
     else:
@@ -82,7 +79,7 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
         source = "its arguments"
         arch, notes = arch_of_args(args, rows, source=f"{contents.path}: args")
         notes = (*notes, f"saved by {_layout_of(args)}")
-    weights = TorchDistWeights(reader, arch, source=source, of_training=True)
+    weights = StackedWeights(reader, arch, source=source, of_training=True)
     form = f"common state in {COMMON_FILE}" if has(contents, COMMON_FILE) else "common state among the tensors"
     tokenizer = contents.inside(TOKENIZER)
     return Checkpoint(
@@ -139,7 +136,8 @@ def arch_of_args(args: Mapping[str, Any], rows: int, *, source: str) -> tuple[Mo
             raise fields.refusal(name, "only Megatron-Core's GPT model is supported")
     scaling = scaled_by(fields.number("rope_scaling_factor", default=8.0)) if fields.flag("use_rope_scaling") else None
     said = args.get("vocab_size")
-    if isinstance(said, int) and padded(said, args.get("make_vocab_size_divisible_by"), args) != rows:
+    multiple = args.get("make_vocab_size_divisible_by")
+    if isinstance(said, int) and rows not in (said, padded(said, multiple, args)):
         said = None  # of a tokenizer that says another number than the table was made for
     words, notes = vocabulary(rows, said, source=source)
     return arch_of(fields, vocab_size=words, rope_scaling=scaling), notes

@@ -56,9 +56,8 @@ class ModelFields:
 
     def refusal(self, name: str, allowed: str) -> UserError:
         shown = repr(self.values.get(name))
-        return UserError(
-            f"{self.source}: {self.called.get(name, name)}={shown if len(shown) < 60 else shown[:57] + '...'}: {allowed}"
-        )
+        shown = shown if len(shown) < 60 else shown[:57] + "..."
+        return UserError(f"{self.source}: {self.called.get(name, name)}={shown}: {allowed}")
 
     def size(self, name: str, *, default: int | None = None) -> int:
         value = self.values.get(name)
@@ -132,7 +131,7 @@ def _activation(fields: ModelFields) -> str:
     if (name, gated) == ("squared_relu", False):
         return "squared_relu"
     kind = "gated" if gated else "not gated"
-    raise fields.refusal("activation_func", f"{kind}: supported are a gated silu (swiglu) and squared_relu without gate")
+    raise fields.refusal("activation_func", f"{kind}: supported are silu with a gate (swiglu) and squared_relu without")
 
 
 def _normalization(fields: ModelFields) -> str:
@@ -141,8 +140,8 @@ def _normalization(fields: ModelFields) -> str:
         return "RMSNorm"
     if (name, zero_centered) == ("LayerNorm", True):
         return "LayerNorm1p"
-    kind = "around one" if zero_centered else "around zero"
-    raise fields.refusal("normalization", f"weights {kind}: supported are RMSNorm and LayerNorm with weights around one")
+    kind = "kept less one" if zero_centered else "kept whole"
+    raise fields.refusal("normalization", f"weights {kind}: supported are RMSNorm kept whole and LayerNorm kept less one")
 
 
 def _family(fields: ModelFields, activation: str, *, default: str) -> str:
