@@ -87,6 +87,11 @@ class TorchDistReader:
                     result[shared.slices(box.offset)] = part
         return result
 
+    def check_whole(self) -> None:
+        """Refuse, by name, the first tensor whose chunks do not cover it exactly once."""
+        for key in self._tensors:
+            self._check_whole(key)
+
     def verify(self) -> None:
         """Refuse, by name, the first file whose bytes are not those that its SHA-256 stands for."""
         for file in self._verified.values():

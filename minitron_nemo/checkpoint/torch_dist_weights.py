@@ -63,6 +63,7 @@ class TorchDistWeights(ShapedSource):
         for row in rows:
             if reader.dtype(row.key) != dtype:
                 raise UserError(f"{reader.folder}: tensor {row.key} is {reader.dtype(row.key)}, others are {dtype}")
+        reader.check_whole()
         return dtype
 
 
