@@ -1,4 +1,7 @@
-"""Convert: a checkpoint in another format, or in the files of another layout; bit for bit, without a GPU."""
+"""Convert: a checkpoint in another format, or in the files of another layout; bit for bit, without a GPU.
+
+python recipes/convert.py convert.source=CHECKPOINT convert.output=PLACE convert.format=hf
+"""
 
 from pathlib import Path
 
@@ -14,16 +17,13 @@ def layout_of(config: Config) -> Layout:
     return Layout(tp=section.tensor_model_parallel_size, pp=section.pipeline_model_parallel_size)
 
 
-def check(config: Config) -> None:
-    for name in ("source", "output"):
-        if getattr(config.convert, name) is None:
-            raise UserError(
-                f"convert.{name} is not set: give a checkpoint as convert.source, its place as convert.output"
-            )
-
-
 def prepare(config: Config) -> Job:
     section = config.convert
+    for name in ("source", "output"):
+        if getattr(section, name) is None:
+            raise UserError(
+                f"convert.{name} is not set: give a checkpoint as convert.source and a place as convert.output"
+            )
     # torch takes seconds to import: not before there is something to read.
     from minitron_nemo.checkpoint.formats.known import FORMATS, open_checkpoint
     from minitron_nemo.steps.convert import check_target_format, facts_of_source, is_ours
@@ -48,7 +48,7 @@ def run(config: Config, job: Job) -> None:
     convert(str(section.source), job.output, format=target, layout=layout_of(config), origin=job.origin)
 
 
-RECIPE = Recipe("convert", prepare, run, check=check)
+RECIPE = Recipe("convert", prepare, run)
 
 if __name__ == "__main__":
-    main(RECIPE)
+    main(RECIPE, config="convert")

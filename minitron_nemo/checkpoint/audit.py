@@ -104,15 +104,14 @@ def in_lines(audit: Audit) -> str:
         shape, head = audit.shape, "tied to the embedding" if audit.tied else "its own"
         lines += [
             f"  shape      {shape['family']}: {shape['num_layers']} layers, hidden {shape['hidden_size']}, "
-            f"ffn {shape['ffn_hidden_size']}, {shape['num_attention_heads']} heads in {shape['num_query_groups']} groups "
-            f"of {shape['kv_channels']}, vocabulary {shape['vocab_size']}",
+            f"ffn {shape['ffn_hidden_size']}, {shape['num_attention_heads']} heads in {shape['num_query_groups']} "
+            f"groups of {shape['kv_channels']}, vocabulary {shape['vocab_size']}",
             f"  weights    {audit.parameters} parameters in {audit.precision}, {in_bytes(audit.bytes)}",
             f"  tensors    {audit.tensors}, all there and each covered exactly once; the output head is {head}",
             f"  tokenizer  {'there' if audit.tokenizer else 'none'}",
         ]
     if audit.is_sound:
-        lines.append(
-            f"  hashes     {f'{audit.hashes} files hold' if audit.hashes else 'none to go by, or not looked at'}"
-        )
+        held = f"those of {audit.hashes} files hold" if audit.hashes else "none to go by, or not looked at"
+        lines.append(f"  hashes     {held}")
         lines.append(f"  values     {'all finite' if audit.finite else 'not looked at'}")
     return "\n".join([*lines, *(f"  note       {note}" for note in audit.notes)])

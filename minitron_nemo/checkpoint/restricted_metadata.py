@@ -1,11 +1,13 @@
-"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint, read without running code.
+"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint and what `torch.save` describes
+its content by, read without running code.
 
-Reading goes through a closed table: every class a checkpoint of torch.distributed or Megatron-Core names is
+Reading goes through closed tables: every class a checkpoint of torch.distributed or Megatron-Core names is
 answered by an inert record of ours, every other name is refused. Nothing is imported because a file says so.
 """
 
 import io
 import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,28 +28,34 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
-class _Record:
+class Record:
     """Stands in for a pickled object: keeps the arguments and the state that came with it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.fields: dict[str, Any] = {}
-        self.state: Any = None
+    arguments: tuple[Any, ...]
+    fields: dict[str, Any]
+    state: Any
+
+    def __new__(cls, *arguments: Any) -> "Record":  # what a pickle calls, with `__init__` or without it
+        record = super().__new__(cls)
+        record.arguments, record.fields, record.state = arguments, {}, None
+        return record
+
+    def __init__(self, *arguments: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
         self.fields = state if isinstance(state, dict) else {}
 
 
-class _Metadata(_Record):
+class _Metadata(Record):
     pass
 
 
-class _TensorStorage(_Record):
+class _TensorStorage(Record):
     pass
 
 
-class _MetadataIndex(_Record):
+class _MetadataIndex(Record):
     """A key of a dict, hashed by identity: its state arrives after it is put on the stack."""
 
 
@@ -58,19 +66,19 @@ def _table() -> dict[tuple[str, str], Any]:
         (module, "Metadata"): _Metadata,
         (module, "TensorStorageMetadata"): _TensorStorage,
         (module, "MetadataIndex"): _MetadataIndex,
-        ("torch", "Size"): _Record,
-        ("torch.serialization", "_get_layout"): _Record,
-        ("pathlib", "PosixPath"): _Record,
-        ("pathlib", "PurePosixPath"): _Record,
-        (filesystem, "_StorageInfo"): _Record,
-        (filesystem, "_StoragePrefix"): _Record,
+        ("torch", "Size"): Record,
+        ("torch.serialization", "_get_layout"): Record,
+        ("pathlib", "PosixPath"): Record,
+        ("pathlib", "PurePosixPath"): Record,
+        (filesystem, "_StorageInfo"): Record,
+        (filesystem, "_StoragePrefix"): Record,
     }
     for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
                  "_MEM_FORMAT_ENCODING"):  # fmt: skip
-        table[module, name] = _Record
+        table[module, name] = Record
     # Megatron-Core keeps the save plans of all ranks beside the metadata; they are read and not used.
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"):
-        table[planner, name] = _Record
+        table[planner, name] = Record
     table.update({("torch", name): dtype for name, dtype in DTYPES.items()})
     return table
 
@@ -91,8 +99,50 @@ class _RestrictedUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it holds a persistent id, which no checkpoint needs")
 
 
-def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
-    """The tensors of a torch_dist checkpoint by key, from its `.metadata` file; byte objects are left out.
+class _StateUnpickler(_RestrictedUnpickler):
+    """The same with a table and a way to storages that the caller gives."""
+
+    def __init__(self, file: Any, named: Callable[[str, str], Any], stored: Callable[[Any], Any]) -> None:
+        super().__init__(file)
+        self._named, self._stored = named, stored
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (found := self._named(module, name)) is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._stored(pid)
+
+
+def read_state(data: bytes, *, named: Callable[[str, str], Any], stored: Callable[[Any], Any]) -> Any:
+    """What the pickle of a `torch.save` file describes, without its elements.
+
+    `named` answers the names of classes and functions, with None for one that is refused; `stored` answers references
+    to storages. Raises anything for a file that is damaged or hostile: who calls it says which.
+    """
+    return _StateUnpickler(io.BytesIO(data), named, stored).load()
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """Where the pickle of an object lies: `[start, start + length)` of `file`."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What a torch_dist checkpoint holds, by key."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, StoredObject]
+
+
+def read_metadata(checkpoint: Contents) -> StoredState:
+    """What a torch_dist checkpoint holds, from its `.metadata` file.
 
     Raises UserError for a file that is missing, too large, hostile or inconsistent.
     """
@@ -106,7 +156,7 @@ def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
     except Exception as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
     try:
-        return _stored_tensors(root)
+        return _stored_state(root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
 
@@ -116,18 +166,21 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _stored_tensors(root: Any) -> dict[str, StoredTensor]:
+def _stored_state(root: Any) -> StoredState:
     if not isinstance(root, _Metadata):
         raise ValueError("it does not hold a Metadata record")
-    places = {}
+    places, objects = {}, {}
     for index, info in root.fields["storage_data"].items():
         if index.fields.get("offset") is not None:
             places[index.fields["fqn"], _sizes(index.fields["offset"])] = info.fields
+        else:
+            place = _text(info.fields["relative_path"]), _count(info.fields["offset"]), _count(info.fields["length"])
+            objects[_text(index.fields["fqn"])] = StoredObject(*place)
     tensors = {}
     for key, stored in root.fields["state_dict_metadata"].items():
         if isinstance(stored, _TensorStorage):
             tensors[_text(key)] = _stored_tensor(key, stored.fields, places)
-    return tensors
+    return StoredState(tensors, objects)
 
 
 def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
@@ -161,7 +214,7 @@ def _count(value: Any) -> int:
     return value
 
 
-def _sizes(size: _Record) -> tuple[int, ...]:
+def _sizes(size: Record) -> tuple[int, ...]:
     """The numbers of a pickled torch.Size."""
     (values,) = size.arguments
     return tuple(_count(value) for value in values)
@@ -176,7 +229,7 @@ class StoredObjects:
     length: int
 
 
-def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | None = None) -> bytes:
+def metadata_bytes(tensors: dict[str, StoredTensor], objects: Sequence[StoredObjects] = ()) -> bytes:
     """`.metadata` for these tensors and objects, in the classes torch.distributed.checkpoint itself reads."""
     storage_data = {}
     state_dict_metadata: dict[str, dcp.STORAGE_TYPES] = {}
@@ -187,9 +240,9 @@ def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | No
             storage_data[dcp.MetadataIndex(key, chunk.offset)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
         properties = dcp.TensorProperties(dtype=stored.dtype)
         state_dict_metadata[key] = dcp.TensorStorageMetadata(properties, torch.Size(stored.shape), boxes)
-    if objects is not None:
-        for name in objects.names:
-            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(objects.file, 0, objects.length)
+    for alike in objects:
+        for name in alike.names:
+            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(alike.file, 0, alike.length)
             state_dict_metadata[name] = dcp.BytesStorageMetadata()
     metadata = dcp.Metadata(state_dict_metadata, storage_data=storage_data, version="1.0.0")
     return pickle.dumps(metadata, protocol=4)

@@ -33,7 +33,8 @@ def check_target_format(format: Format, layout: Layout) -> None:
 
 def facts_of_source(source: Path) -> dict[str, object]:
     """What tells the content of a foreign checkpoint again: hashes of its small files, size and time of the others."""
-    contents, facts = contents_of(source), {}
+    contents = contents_of(source)
+    facts: dict[str, object] = {}
     for name in contents.names():
         found = contents.find(name)
         if found is not None:
