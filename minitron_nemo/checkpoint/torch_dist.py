@@ -8,7 +8,7 @@ A checkpoint is a folder: `.metadata` says for every global tensor which boxes (
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,6 +85,11 @@ class TorchDistReader:
                 if part is not result:
                     result[shared.slices(box.offset)] = part
         return result
+
+    def check_whole(self, keys: Iterable[str]) -> None:
+        """Refuse, by name, the first of these tensors whose chunks do not cover it exactly once."""
+        for key in keys:
+            self._check_whole(key)
 
     def verify(self) -> None:
         """Refuse, by name, the first file whose bytes are not those that its SHA-256 stands for."""

@@ -103,6 +103,7 @@ class StackedWeights(ShapedSource):
         for key in keys.values():
             if reader.dtype(key) != dtype:
                 raise UserError(f"{reader.folder}: tensor {key} is {reader.dtype(key)}, others are {dtype}")
+        reader.check_whole(keys.values())
         return dtype
 
 

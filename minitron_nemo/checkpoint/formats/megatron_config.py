@@ -131,7 +131,7 @@ def _activation(fields: ModelFields) -> str:
     if (name, gated) == ("squared_relu", False):
         return "squared_relu"
     kind = "gated" if gated else "not gated"
-    raise fields.refusal("activation_func", f"{kind}: supported are silu with a gate (swiglu) and squared_relu without")
+    raise fields.refusal("activation_func", f"{kind}: supported are silu with a gate and squared_relu without")
 
 
 def _normalization(fields: ModelFields) -> str:
@@ -141,7 +141,7 @@ def _normalization(fields: ModelFields) -> str:
     if (name, zero_centered) == ("LayerNorm", True):
         return "LayerNorm1p"
     kind = "kept less one" if zero_centered else "kept whole"
-    raise fields.refusal("normalization", f"weights {kind}: supported are RMSNorm kept whole and LayerNorm kept less one")
+    raise fields.refusal("normalization", f"{kind}: supported are RMSNorm kept whole and LayerNorm kept less one")
 
 
 def _family(fields: ModelFields, activation: str, *, default: str) -> str:
