@@ -198,9 +198,7 @@ def args_of(arch: ModelArch, *, dtype: torch.dtype, layout: Layout) -> argparse.
         spec=None,
         vocab_size=arch.vocab_size,
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
-        padded_vocab_size=padded(
-            arch.vocab_size, VOCABULARY_MULTIPLE, {"tensor_model_parallel_size": layout.tp}
-        ),
+        padded_vocab_size=padded(arch.vocab_size, VOCABULARY_MULTIPLE, {"tensor_model_parallel_size": layout.tp}),
         tokenizer_type="HuggingFaceTokenizer",
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
