@@ -174,7 +174,6 @@ def args_of(arch: ModelArch, *, dtype: torch.dtype, layout: Layout) -> argparse.
         max_position_embeddings=arch.seq_length,
         position_embedding_type="rope",
         add_position_embedding=True,
-        use_rotary_position_embeddings=False,
         rotary_base=_whole(arch.rotary_base),
         rotary_percent=arch.rotary_percent,
         rotary_interleaved=False,
