@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.contents import Contents, FolderContents, read_small
 from minitron_nemo.errors import UserError
-
-LIMIT = 256 * 2**20  # bytes; the tokenizer.json of a vocabulary of a million has a tenth of it
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file; UserError when it is larger than `LIMIT` or holds anything else."""
+    """The object in a file; UserError when it is missing, too large, or holds anything else."""
+    return read_json_in(FolderContents(path.parent), path.name)
+
+
+def read_json_in(contents: Contents, name: str) -> dict[str, Any]:
+    """The object in a file of a folder or a tar; UserError when it is missing, too large, or holds anything else."""
+    path = contents.path / name
     try:
-        if (size := path.stat().st_size) > LIMIT:
-            raise UserError(f"{path}: {size} bytes; no such file needs more than {LIMIT}")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small(contents, name).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):

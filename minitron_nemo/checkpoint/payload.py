@@ -5,9 +5,7 @@ The description is walked opcode by opcode for the one form that `torch.save` gi
 unpickled. Every other form is for `torch.load` to judge.
 """
 
-import io
 import math
-import os
 import pickletools
 import struct
 import zipfile
@@ -18,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from minitron_nemo.artefacts.stretch import OverBudgetError, StretchFile
 from minitron_nemo.checkpoint.buffers import memory_of
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.hashed_files import Fill
@@ -35,47 +34,11 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class PlainTensor:
-    """A contiguous tensor whose first element lies at byte `start` of a file."""
+    """A contiguous tensor whose first element lies at byte `start` of its payload."""
 
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-class _TooLargeError(ValueError):
-    pass
-
-
-class _Stretch(io.RawIOBase):
-    """`length` bytes of a file from `start` on as a file of its own; gives out at most `_HEADER_LIMIT` bytes."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self.file, self.start, self.length, self.position, self.given = file, start, length, 0, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        if origin + offset < 0:
-            raise ValueError("seeks before the start")
-        self.position = origin + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self.length - self.position))
-        self.given += wanted
-        if self.given > _HEADER_LIMIT:
-            raise _TooLargeError("its directory is larger than that of any tensor")
-        count = os.preadv(self.file.fileno(), [memoryview(buffer)[:wanted]], self.start + self.position)
-        self.position += count
-        return count
 
 
 def find_plain_tensor(file: BinaryIO, start: int, length: int) -> PlainTensor | None:
@@ -84,12 +47,12 @@ def find_plain_tensor(file: BinaryIO, start: int, length: int) -> PlainTensor | 
     Raises ValueError for what no `torch.save` makes of a tensor and what could unfold without end: compressed entries
     and endless directories.
     """
-    stretch = _Stretch(file, start, length)
+    stretch = StretchFile(file, start, length, budget=_HEADER_LIMIT)
     # A file that is no such zip raises nearly anything; torch.load says what is wrong with it.
     try:
         entries = {entry.filename: entry for entry in zipfile.ZipFile(stretch).infolist()}
-    except _TooLargeError:
-        raise
+    except OverBudgetError:
+        raise ValueError("its directory is larger than that of any tensor") from None
     except Exception:
         return None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
@@ -100,7 +63,7 @@ def find_plain_tensor(file: BinaryIO, start: int, length: int) -> PlainTensor | 
         return None
 
 
-def _tensor_in(stretch: _Stretch, entries: dict[str, zipfile.ZipInfo]) -> PlainTensor | None:
+def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> PlainTensor | None:
     name = next(name for name in entries if name.endswith("/data.pkl"))
     folder, description = name.removesuffix("data.pkl"), entries[name]
     if description.file_size > _DESCRIPTION_LIMIT:
@@ -122,10 +85,10 @@ def _tensor_in(stretch: _Stretch, entries: dict[str, zipfile.ZipInfo]) -> PlainT
     begin = _data_start(stretch, data)
     if begin + stored * dtype.itemsize > stretch.length:
         return None
-    return PlainTensor(stretch.start + begin + first * dtype.itemsize, dtype, shape)
+    return PlainTensor(begin + first * dtype.itemsize, dtype, shape)
 
 
-def _data_start(stretch: _Stretch, entry: zipfile.ZipInfo) -> int:
+def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
     """Where the bytes of an entry begin: behind its local header."""
     stretch.seek(entry.header_offset)
     magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stretch.read(_LOCAL_HEADER.size))
@@ -134,7 +97,7 @@ def _data_start(stretch: _Stretch, entry: zipfile.ZipInfo) -> int:
     return int(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
 
 
-def _bytes(stretch: _Stretch, entry: zipfile.ZipInfo) -> bytes:
+def _bytes(stretch: StretchFile, entry: zipfile.ZipInfo) -> bytes:
     """A small entry. Its CRC is not looked at: manifests have a SHA-256, and torch can leave the CRC out."""
     stretch.seek(_data_start(stretch, entry))
     return stretch.read(entry.file_size)
@@ -185,7 +148,7 @@ def _called(function: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def read_part(fill: Fill, plain: PlainTensor, part: Box, out: Tensor) -> None:
-    """Fill `out`, contiguous and of the part's size, with a box of the tensor in a file that `fill` reads.
+    """Fill `out`, contiguous and of the part's size, with a box of the tensor in a payload that `fill` reads.
 
     Reads the bytes of the box alone where they lie in runs worth a call to the system, else the rows they lie in.
     """

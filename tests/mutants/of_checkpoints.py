@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         HASHED,
         "the end of a file is not looked at",
-        find="self._pass(file, os.fstat(file.fileno()).st_size)",
+        find="self._pass(file, self.stretch.length)",
         replace="pass",
         tests=f"{TEST_HASHED} -k any_order",
     ),
@@ -108,8 +108,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/formats/nemo.py",
         "of what is hashed while it is read all other files go unhashed",
-        find='verify_files(path, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
-        replace="verify_files(path, manifest, leave=manifest.files)",
+        find='verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
+        replace="verify_files(contents, manifest, leave=manifest.files)",
         tests=f"{TEST_HASHED} -k any_other_file",
     ),
     Fault(

@@ -9,7 +9,6 @@ import zipfile
 import pytest
 import torch
 
-from minitron_nemo.checkpoint import payload
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.payload import find_plain_tensor
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
@@ -43,7 +42,7 @@ def bytes_read(monkeypatch):
         counts.append(original(*args))
         return counts[-1]
 
-    monkeypatch.setattr(payload.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     return counts
 
 
