@@ -77,8 +77,9 @@ class BuildOptions:
 
 
 def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerConfig:
-    """Megatron's configuration of this shape under this layout; dropout is off in every family, and so are biases but for those of
-    queries, keys and values.
+    """Megatron's configuration of this shape under this layout.
+
+    Dropout is off in every family, and so are biases but for those of queries, keys and values.
     """
     groups, layout = options.groups, options.groups.layout
     extra: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+OF_THE_SOURCE = ("_name_or_path", "transformers_version")  # who wrote it and where: untrue of what is made of it
 SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -54,8 +55,8 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         raise UserError(f"{source}: tie_word_embeddings={tied!r}: must be true or false")
     base, rotary_percent, scaling = _rope(config, family, source)
     return ModelArch(
-        **_sizes(config, family, source),
         **family.parts,
+        **_sizes(config, family, source),  # type: ignore[arg-type]  # sizes have no other fields' names
         family=model_type,
         norm_epsilon=_number(config, family.epsilon_field, source, default=family.epsilon),
         rotary_base=base,
@@ -150,7 +151,7 @@ def config_from_arch(arch: ModelArch, *, dtype: torch.dtype, base: dict[str, Any
         raise UserError(f"{what}: no {family.architecture} has that; give the model the family that does, or leave it")
     base = dict(base) if base and base.get("model_type") == arch.family else {}
     is_nested = "rope_parameters" in base
-    base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS)}
+    base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS, *OF_THE_SOURCE)}
     layer_types = {"layer_types": ["full_attention"] * arch.num_layers} if base.get("layer_types") else {}
     # transformers takes a window of its own for a config that says nothing.
     needs_window = family.window is not None and family.window_needs is None
