@@ -23,6 +23,7 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.torch_dist import weights_file
@@ -41,7 +42,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "hf_config.json",
+    "hf_config.json", UPSTREAM_FILE,
 )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokeni
 
 
 def copy_tokenizer(source: Place, target: str | Path) -> None:
-    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model."""
+    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model, and its licence."""
     if isinstance(source, str | Path) and not os.path.exists(source):
         raise UserError(f"{source}: no such tokenizer folder; give one with tokenizer.json, or a .nemo folder")
     files = contents_of(source)
@@ -194,6 +195,9 @@ def copy_tokenizer(source: Place, target: str | Path) -> None:
     for name in TOKENIZER_FILES:
         if has(files, name):
             (Path(target) / name).write_bytes(read_small(files, name))
+    for name in LICENCE_FILES:
+        if has(files, name):
+            (Path(target) / name).write_bytes(read_small(files, name, limit=LICENCE_LIMIT))
 
 
 def model_facts(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
