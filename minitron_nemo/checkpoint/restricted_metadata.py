@@ -1,10 +1,12 @@
 """The only pickles of this package: the `.metadata` file of a torch_dist checkpoint, read without running code.
 
-Reading goes through a closed table: every class a checkpoint of torch.distributed or Megatron-Core names is
-answered by an inert record of ours, every other name is refused. Nothing is imported because a file says so.
+Reading goes through a closed table of opcodes (`pickle_machine`) and one of names: every class a checkpoint of
+torch.distributed or Megatron-Core names is answered by an inert record of ours, every other name is refused. Nothing is
+imported because a file says so.
 """
 
-import io
+import itertools
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,12 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from minitron_nemo.checkpoint.geometry import Chunk, StoredTensor
+from minitron_nemo.checkpoint.pickle_machine import Record, run
 from minitron_nemo.errors import UserError
 
 METADATA_FILE = ".metadata"
-METADATA_LIMIT = 512 * 2**20  # bytes; that of a 405B model with its optimizer is a few dozen MiB
+METADATA_LIMIT = 64 * 2**20  # bytes; that of 24,000 chunks has 3.5 MB
+DIMS_LIMIT = 16
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -26,28 +30,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
-class _Record:
-    """Stands in for a pickled object: keeps the arguments and the state that came with it."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.fields: dict[str, Any] = {}
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        self.fields = state if isinstance(state, dict) else {}
-
-
-class _Metadata(_Record):
+class _Metadata(Record):
     pass
 
 
-class _TensorStorage(_Record):
+class _TensorStorage(Record):
     pass
 
 
-class _MetadataIndex(_Record):
+class _MetadataIndex(Record):
     """A key of a dict, hashed by identity: its state arrives after it is put on the stack."""
 
 
@@ -58,37 +49,24 @@ def _table() -> dict[tuple[str, str], Any]:
         (module, "Metadata"): _Metadata,
         (module, "TensorStorageMetadata"): _TensorStorage,
         (module, "MetadataIndex"): _MetadataIndex,
-        ("torch", "Size"): _Record,
-        ("torch.serialization", "_get_layout"): _Record,
-        ("pathlib", "PosixPath"): _Record,
-        ("pathlib", "PurePosixPath"): _Record,
-        (filesystem, "_StorageInfo"): _Record,
-        (filesystem, "_StoragePrefix"): _Record,
+        ("torch", "Size"): Record,
+        ("torch.serialization", "_get_layout"): Record,
+        ("pathlib", "PosixPath"): Record,
+        ("pathlib", "PurePosixPath"): Record,
+        (filesystem, "_StorageInfo"): Record,
+        (filesystem, "_StoragePrefix"): Record,
     }
     for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
                  "_MEM_FORMAT_ENCODING"):  # fmt: skip
-        table[module, name] = _Record
+        table[module, name] = Record
     # Megatron-Core keeps the save plans of all ranks beside the metadata; they are read and not used.
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"):
-        table[planner, name] = _Record
+        table[planner, name] = Record
     table.update({("torch", name): dtype for name, dtype in DTYPES.items()})
     return table
 
 
 ALLOWED_GLOBALS = _table()
-
-
-class _RestrictedUnpickler(pickle._Unpickler):
-    """The unpickler written in Python: the one in C lets a file of ten bytes ask for a memo of many GiB."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it holds a persistent id, which no checkpoint needs")
 
 
 def read_metadata(path: Path) -> dict[str, StoredTensor]:
@@ -100,7 +78,7 @@ def read_metadata(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         if size > METADATA_LIMIT:
             raise UserError(f"{path}: {size} bytes; the metadata of a checkpoint has at most {METADATA_LIMIT}")
-        root = _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+        root = run(path.read_bytes(), ALLOWED_GLOBALS)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a torch_dist checkpoint: no {path.name}") from None
     except UserError:
@@ -125,11 +103,12 @@ def _stored_tensors(root: Any) -> dict[str, StoredTensor]:
     places = {}
     for index, info in root.fields["storage_data"].items():
         if index.fields.get("offset") is not None:
-            places[index.fields["fqn"], _sizes(index.fields["offset"])] = info.fields
+            places[_text(index.fields["fqn"]), _sizes(index.fields["offset"])] = info.fields
     tensors = {}
     for key, stored in root.fields["state_dict_metadata"].items():
         if isinstance(stored, _TensorStorage):
             tensors[_text(key)] = _stored_tensor(key, stored.fields, places)
+    _check_places(tensors)
     return tensors
 
 
@@ -148,8 +127,20 @@ def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str,
         if place.get("transform_descriptors"):
             raise ValueError(f"tensor {key!r} is stored compressed, which is not supported")
         start, length = _count(place["offset"]), _count(place["length"])
+        if math.prod(size) * dtype.itemsize > length:
+            raise ValueError(
+                f"the chunk of tensor {key!r} at {offset} has {length} bytes, too few for its shape {size}"
+            )
         chunks.append(Chunk(offset, size, _text(place["relative_path"]), start, length))
     return StoredTensor(shape, dtype, tuple(chunks))
+
+
+def _check_places(tensors: dict[str, StoredTensor]) -> None:
+    """Refuse chunks that share bytes: a file would unfold into more than it has."""
+    places = sorted((c.file, c.start, c.length, key) for key, stored in tensors.items() for c in stored.chunks)
+    for (file, start, length, key), (after, begin, _, other) in itertools.pairwise(places):
+        if file == after and start + length > begin:
+            raise ValueError(f"chunks of {key!r} and {other!r} share bytes of {file!r}")
 
 
 def _text(value: Any) -> str:
@@ -159,14 +150,19 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected a whole number, got {value!r}")
+    # What is no number is not shown: what nests may take for ever to print.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"expected a whole number, got {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"expected a whole number of bytes or elements, got {value}")
     return value
 
 
-def _sizes(size: _Record) -> tuple[int, ...]:
+def _sizes(size: Record) -> tuple[int, ...]:
     """The numbers of a pickled torch.Size."""
     (values,) = size.arguments
+    if len(values) > DIMS_LIMIT:
+        raise ValueError(f"a shape of {len(values)} dimensions")
     return tuple(_count(value) for value in values)
 
 

@@ -17,7 +17,7 @@ FAULTS = [
     Fault(
         GEOMETRY,
         "chunks may overlap",
-        find="if chunk.shared_with(other) is not None:",
+        find="if one.shared_with(other) is not None:",
         replace="if False:",
         tests=f"{TEST_TORCH_DIST} tests/unit/test_geometry.py -k 'overlap or cover'",
     ),
