@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minitron_nemo.artefacts.contents import has
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.tokenizer import load_tokenizer
@@ -23,7 +24,7 @@ def run(config: Config, job: Job) -> None:
 
     model = open_to_stream(config.export_hf.checkpoint)
     tensors = watched(stream(model.weights), len(model.weights.names()), "export", unit="tensor")
-    from_scratch = not (model.tokenizer / SOURCE_CONFIG_FILE).is_file()
+    from_scratch = not has(model.tokenizer, SOURCE_CONFIG_FILE)
     token_ids = load_tokenizer(model.tokenizer).special_ids() if from_scratch else None
     export_hf(model, job.output, origin=job.origin, tensors=tensors, token_ids=token_ids)
 

@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "importance": "errors shape artefacts distributed",
     "data": "errors progress artefacts config",
     "engine": "losses shape distributed config checkpoint",
-    "pruning": "errors shape checkpoint importance",
+    "pruning": "errors shape artefacts checkpoint importance",
     "distillation": "shape distributed config checkpoint engine",
     "reporting": "errors progress shape artefacts importance pruning",
     "training": "errors progress losses shape artefacts distributed config checkpoint data engine distillation",

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Container, Mapping
@@ -16,7 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.stretch import Stretch
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
 
@@ -75,33 +79,36 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
 
 
-def file_sha256(path: str | Path, *, advance: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, in hex; `advance` is told of the bytes as they are read."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(BLOCK):
+def file_sha256(file: str | Path | Stretch, *, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, or of a stretch of one, in hex; `advance` is told of the bytes as they are read."""
+    stretch, digest, done = file if isinstance(file, Stretch) else Stretch.whole(file), hashlib.sha256(), 0
+    with stretch.path.open("rb") as opened:
+        opened.seek(stretch.start)
+        while block := opened.read(min(BLOCK, stretch.length - done)):
             digest.update(block)
+            done += len(block)
             if advance is not None:
                 advance(len(block))
     return digest.hexdigest()
 
 
-def manifest_sha256(folder: str | Path) -> str:
-    """What a child writes down under `parents`: the SHA-256 of the manifest of the artefact `folder`."""
-    return file_sha256(Path(folder) / MANIFEST_FILE)
+def manifest_sha256(artefact: Place) -> str:
+    """What a child writes down under `parents`: the SHA-256 of the manifest of an artefact."""
+    return hashlib.sha256(read_small(contents_of(artefact), MANIFEST_FILE)).hexdigest()
 
 
-def read_manifest(folder: str | Path, *, kind: str | None) -> Manifest:
-    """The manifest of an artefact of this kind (None: any); UserError when `folder` is anything else."""
-    path = Path(folder) / MANIFEST_FILE
-    if not path.is_file():
-        reason = f"no {MANIFEST_FILE}" if Path(folder).is_dir() else "no such folder"
+def read_manifest(artefact: Place, *, kind: str | None) -> Manifest:
+    """The manifest of an artefact of this kind (None: any), in a folder or packed; UserError for anything else."""
+    contents = contents_of(artefact)
+    folder, path = contents.path, contents.path / MANIFEST_FILE
+    if not has(contents, MANIFEST_FILE):
+        reason = f"no {MANIFEST_FILE}" if os.path.lexists(folder) else "no such folder"
         if kind == "model":
             raise UserError(f"{folder} is not a .nemo model folder: {reason}; import_hf or random_init make one")
         what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_small(contents, MANIFEST_FILE))
         manifest = Manifest(**values)
         _check_fields(manifest)
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -129,27 +136,30 @@ def _check_fields(manifest: Manifest) -> None:
             raise ValueError(f"file {name!r} has no sha256")
 
 
-def check_sizes(folder: str | Path, manifest: Manifest) -> None:
+def check_sizes(artefact: Place, manifest: Manifest) -> None:
     """Refuse, by name, the first file that is missing, a link or of another size; reads no content."""
+    contents = contents_of(artefact)
     for name, entry in sorted(manifest.files.items()):
-        path = Path(folder) / name
-        if path.is_symlink() or not path.is_file():
-            raise UserError(f"{path}: listed in {MANIFEST_FILE} but not a regular file there; make the artefact again")
-        if (size := path.stat().st_size) != entry["size"]:
-            raise UserError(f"{path}: {size} bytes, {MANIFEST_FILE} says {entry['size']}; make the artefact again")
+        found, label = contents.find(name), contents.path / name
+        if found is None or label.is_symlink():
+            raise UserError(f"{label}: listed in {MANIFEST_FILE} but not a regular file there; make the artefact again")
+        if found.length != entry["size"]:
+            raise UserError(
+                f"{label}: {found.length} bytes, {MANIFEST_FILE} says {entry['size']}; make the artefact again"
+            )
 
 
-def check_listed(folder: str | Path, manifest: Manifest) -> None:
-    """Refuse, by name, the first file of the folder that the manifest does not list.
+def check_listed(artefact: Place, manifest: Manifest) -> None:
+    """Refuse, by name, the first file that the manifest does not list.
 
     Dot files at the top (`.git`, `.DS_Store`) are nobody's content and pass.
     """
-    for path in sorted(Path(folder).rglob("*")):
-        parts = path.relative_to(folder).parts
-        listed = "/".join(parts) in manifest.files or parts == (MANIFEST_FILE,)
-        is_folder = path.is_dir() and not path.is_symlink()
-        if not (listed or is_folder or parts[0].startswith(".")):
-            raise UserError(f"{path}: not listed in {MANIFEST_FILE}; move it away, or make the artefact again")
+    contents = contents_of(artefact)
+    for name in contents.names():
+        if name not in manifest.files and name != MANIFEST_FILE and not name.startswith("."):
+            raise UserError(
+                f"{contents.path / name}: not listed in {MANIFEST_FILE}; move it away, or make the artefact again"
+            )
 
 
 def damaged(path: Path) -> UserError:
@@ -158,23 +168,25 @@ def damaged(path: Path) -> UserError:
 
 
 def verify_files(
-    folder: str | Path, manifest: Manifest, *, part: int = 0, parts: int = 1, leave: Container[str] = ()
+    artefact: Place, manifest: Manifest, *, part: int = 0, parts: int = 1, leave: Container[str] = ()
 ) -> None:
     """Refuse, by name, the first file that is not listed or whose size or SHA-256 is not that of the manifest.
 
     Of `parts` processes that share the reading, each hashes the files of its `part`, from 0. Files to `leave` are
     hashed by who reads them.
     """
-    check_listed(folder, manifest)
-    check_sizes(folder, manifest)
+    contents = contents_of(artefact)
+    check_listed(contents, manifest)
+    check_sizes(contents, manifest)
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name]["size"], name))
     own = sorted(name for name in by_size[part::parts] if name not in leave)
     total = sum(manifest.files[name]["size"] for name in own)
     is_worth_a_line = part == 0 and total >= WORTH_A_LINE
-    with progress(total, f"verify {Path(folder).name}", unit="byte", enabled=is_worth_a_line) as bar:
+    with progress(total, f"verify {contents.path.name}", unit="byte", enabled=is_worth_a_line) as bar:
         for name in own:
-            if file_sha256(Path(folder) / name, advance=bar.advance) != manifest.files[name]["sha256"]:
-                raise damaged(Path(folder) / name)
+            found = contents.find(name)
+            if found is None or file_sha256(found, advance=bar.advance) != manifest.files[name]["sha256"]:
+                raise damaged(contents.path / name)
 
 
 def is_current(path: str | Path, fingerprint: str) -> bool:

@@ -1,4 +1,7 @@
-"""How an artefact appears: filled in a folder beside its place, completed by its manifest, put there by one rename."""
+"""How an artefact appears: filled beside its place, completed by its manifest, put there by one rename.
+
+It is a folder, or packed: one tar, into which its largest files are written at once and the small ones at the end.
+"""
 
 import glob
 import os
@@ -10,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.contents import contents_of, has
 from minitron_nemo.artefacts.disk import free_bytes, in_bytes, writing
 from minitron_nemo.artefacts.lock import Lock
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, file_sha256
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.packed import PackedTar
 from minitron_nemo.errors import UserError
 
 
@@ -25,8 +30,15 @@ def check_target(path: str | Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{path} exists already and was made by another configuration; set overwrite=true or move it")
     is_empty = path.is_dir() and not any(path.iterdir())
-    if path.is_symlink() or not (is_empty or (path / MANIFEST_FILE).is_file()):
+    if path.is_symlink() or not (is_empty or _is_artefact(path)):
         raise UserError(f"{path} exists and is not an artefact of these recipes; it is never overwritten: move it")
+
+
+def _is_artefact(path: Path) -> bool:
+    try:
+        return has(contents_of(path), MANIFEST_FILE)
+    except UserError:
+        return False
 
 
 def check_free_space(path: str | Path, needed: int) -> None:
@@ -40,6 +52,8 @@ def check_free_space(path: str | Path, needed: int) -> None:
 class Draft:
     """An artefact in the making: a folder to fill, and what the manifest will say besides the files.
 
+    Where it is to be one file, large files go into `tar` as they are written, and those of `folder` follow in the end.
+
     `hashes` takes the SHA-256 of files (by name relative to `folder`) that were hashed while they were written;
     `finish` reads the others. `lock` keeps other runs from the target until `finish` or `discard`.
     """
@@ -52,29 +66,49 @@ class Draft:
     tokens: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    tar: PackedTar | None = None
 
     def finish(self) -> Manifest:
         """Write the manifest and move the folder to its place; on one rank, when all are done."""
         check_target(self.target, overwrite=self.origin.overwrite)
         files = _list_files(self.folder, self.hashes)
+        if self.tar is not None:
+            files |= {name: {"size": size, "sha256": self.hashes[name]} for name, size in self.tar.sizes.items()}
         manifest = Manifest.of(self.kind, self.origin, files=files, tokens=self.tokens, extra=self.extra)
         (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        fsync(self.folder / MANIFEST_FILE)
-        fsync(self.folder)
-        _move_into_place(self.folder, self.target)
+        if self.tar is None:
+            fsync(self.folder / MANIFEST_FILE)
+            fsync(self.folder)
+            _move_into_place(self.folder, self.target)
+        else:
+            for name in [*sorted(set(files) - set(self.tar.sizes)), MANIFEST_FILE]:
+                self.tar.add(name, (self.folder / name).read_bytes())
+            self.tar.close()
+            _move_into_place(self.tar.path, self.target)
+            shutil.rmtree(self._temp)
         self.lock.release()
         return manifest
 
+    @property
+    def _temp(self) -> Path:
+        return self.folder if self.tar is None else self.folder.parent
+
     def discard(self) -> None:
         """Remove what was made so far."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._temp, ignore_errors=True)
         self.lock.release()
 
 
 def begin(
-    target: str | Path, *, kind: str, origin: Origin, tokens: int = 0, extra: Mapping[str, Any] | None = None
+    target: str | Path,
+    *,
+    kind: str,
+    origin: Origin,
+    tokens: int = 0,
+    extra: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> Draft:
-    """A draft in a new empty folder beside `target`; on one rank only.
+    """A draft in a new empty folder beside `target`, of one file where it is `packed`; on one rank only.
 
     Raises UserError when another run is making the same, and when the disk takes nothing.
     """
@@ -88,10 +122,14 @@ def begin(
                 shutil.rmtree(left)  # what a killed run of the same step left behind: none that lives has the lock
             temp = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
             temp.mkdir()
+            folder, tar = temp, None
+            if packed:
+                folder, tar = temp / "files", PackedTar(temp / "tar")
+                folder.mkdir()
         except BaseException:
             lock.release()
             raise
-    return Draft(temp, target, kind, origin, lock, tokens, dict(extra or {}))
+    return Draft(folder, target, kind, origin, lock, tokens, dict(extra or {}), tar=tar)
 
 
 @contextmanager
@@ -103,13 +141,14 @@ def publishing(
     tokens: int = 0,
     extra: Mapping[str, Any] | None = None,
     needed: int = 0,
+    packed: bool = False,
 ) -> Iterator[Draft]:
     """A draft to fill; it becomes the artefact `target` when the block ends well and vanishes when it does not.
 
     UserError when the disk has less room than the bytes `needed`, or refuses something on the way.
     """
     check_free_space(target, needed)
-    draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra)
+    draft = begin(target, kind=kind, origin=origin, tokens=tokens, extra=extra, packed=packed)
     try:
         with writing(target, needed=needed):
             yield draft
@@ -142,7 +181,7 @@ def _move_into_place(temp: Path, target: Path) -> None:
     temp.rename(target)
     fsync(target.parent)
     if aside is not None:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
 def fsync(path: Path) -> None:

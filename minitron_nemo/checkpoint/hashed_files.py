@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minitron_nemo.artefacts.manifest import damaged
+from minitron_nemo.artefacts.stretch import Stretch
 
 _BLOCK = 4 << 20  # bytes that are hashed while the next are read
 _SCRATCH = 16 << 20  # bytes that nobody asked for, read at a time
@@ -62,10 +63,14 @@ class _Sha256:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written, so that no cache stands between the hash and the data."""
+    """A new file that is hashed while it is written, so that no cache stands between the hash and the data.
 
-    def __init__(self, path: Path) -> None:
-        self._file, self._sha256, self.position = path.open("xb", buffering=0), _Sha256(), 0
+    With a `start` it is part of a file that is there, from that byte on: an entry of a tar. `position` counts from it.
+    """
+
+    def __init__(self, path: Path, *, start: int = 0) -> None:
+        self._file = path.open("r+b" if start else "xb", buffering=0)
+        self._sha256, self.start, self.position = _Sha256(), start, 0
 
     def write(self, data: Any) -> int:
         data = memoryview(data)
@@ -74,7 +79,8 @@ class HashingFile:
         data = data.cast("B")
         hashing = self._sha256.add(data)
         try:
-            _whole(os.pwritev, self._file, data, self.position, uncached=len(data) >= _WORTH_A_THREAD)
+            place = self.start + self.position
+            _whole(os.pwritev, self._file, data, place, uncached=len(data) >= _WORTH_A_THREAD)
         finally:
             hashing.result()
         self.position += len(data)
@@ -99,28 +105,29 @@ class VerifiedFile:
     """A file that is hashed while parts of it are read: each byte once, where they come from front to back.
 
     Bytes before a part that nobody asked for are read and hashed on the way; bytes that were hashed already are read
-    again. `verify` reads the rest and says whether all of it is what `sha256` says.
+    again. `verify` reads the rest and says whether all of it is what `sha256` says. Positions count from where the file
+    begins, which may lie inside of a tar; `label` is its name in messages.
     """
 
-    def __init__(self, path: Path, sha256: str) -> None:
-        self.path, self.sha256 = path, sha256
+    def __init__(self, stretch: Stretch, sha256: str, *, label: Path | None = None) -> None:
+        self.stretch, self.sha256, self.label = stretch, sha256, label or stretch.path
         self._digest, self._hashed, self._lock = _Sha256(), 0, threading.Lock()
 
     def fill(self, target: memoryview, position: int) -> None:
         """The bytes from `position` on; EOFError where the file ends before."""
-        with self._lock, self.path.open("rb", buffering=0) as file:
+        with self._lock, self.stretch.path.open("rb", buffering=0) as file:
             known = min(max(self._hashed - position, 0), len(target))
-            fill_from(file, target[:known], position)
+            fill_from(file, target[:known], self.stretch.start + position)
             if known < len(target):
                 self._pass(file, position + known)
                 self._advance(file, target[known:])
 
     def verify(self) -> None:
         """Raises UserError, naming the file, when its SHA-256 is another."""
-        with self._lock, self.path.open("rb", buffering=0) as file:
-            self._pass(file, os.fstat(file.fileno()).st_size)
+        with self._lock, self.stretch.path.open("rb", buffering=0) as file:
+            self._pass(file, self.stretch.length)
             if self._digest.hexdigest() != self.sha256:
-                raise damaged(self.path)
+                raise damaged(self.label)
 
     def _pass(self, file: BinaryIO, position: int) -> None:
         """Hash what lies before `position` and was not hashed yet."""
@@ -133,7 +140,7 @@ class VerifiedFile:
         hashing = None
         for start in range(0, len(target), _BLOCK):
             block = target[start : start + _BLOCK]
-            fill_from(file, block, self._hashed, uncached=True)
+            fill_from(file, block, self.stretch.start + self._hashed, uncached=True)
             hashing = self._digest.add(block)
             self._hashed += len(block)
         if hashing is not None:

@@ -9,13 +9,13 @@ import itertools
 import math
 import pickle
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.checkpoint.geometry import Chunk, StoredTensor
 from minitron_nemo.checkpoint.pickle_machine import Record, run
 from minitron_nemo.errors import UserError
@@ -69,20 +69,17 @@ def _table() -> dict[tuple[str, str], Any]:
 ALLOWED_GLOBALS = _table()
 
 
-def read_metadata(path: Path) -> dict[str, StoredTensor]:
+def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
     """The tensors of a torch_dist checkpoint by key, from its `.metadata` file; byte objects are left out.
 
     Raises UserError for a file that is missing, too large, hostile or inconsistent.
     """
+    path = checkpoint.path / METADATA_FILE
+    if not has(checkpoint, METADATA_FILE):
+        raise UserError(f"{checkpoint.path} is not a torch_dist checkpoint: no {METADATA_FILE}")
+    content = read_small(checkpoint, METADATA_FILE, limit=METADATA_LIMIT)
     try:
-        size = path.stat().st_size
-        if size > METADATA_LIMIT:
-            raise UserError(f"{path}: {size} bytes; the metadata of a checkpoint has at most {METADATA_LIMIT}")
-        root = run(path.read_bytes(), ALLOWED_GLOBALS)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a torch_dist checkpoint: no {path.name}") from None
-    except UserError:
-        raise
+        root = run(content, ALLOWED_GLOBALS)
     # A damaged pickle raises nearly anything; whatever it is, the file is refused and the cause named.
     except Exception as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None

@@ -5,23 +5,23 @@ A checkpoint is a folder: `.metadata` says for every global tensor which boxes (
 `megatron.core.dist_checkpointing.load` expects. The tensors of all layers are stacked, `[num_layers, ...]`.
 """
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Contents, Place, contents_of
 from minitron_nemo.artefacts.paths import is_plain_name
+from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
-from minitron_nemo.checkpoint.hashed_files import HashingFile, VerifiedFile, fill_from
-from minitron_nemo.checkpoint.payload import PlainTensor, find_plain_tensor, read_part
+from minitron_nemo.checkpoint.hashed_files import Fill, HashingFile, VerifiedFile, fill_from
+from minitron_nemo.checkpoint.payload import SavedTensor, find_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import (
     DTYPES,
     METADATA_FILE,
@@ -48,14 +48,18 @@ class TorchDistReader:
     folder that is not a checkpoint, or whose metadata or payloads do not fit together.
     """
 
-    def __init__(self, folder: str | Path, *, sha256: Mapping[str, str] | None = None) -> None:
-        self.folder = Path(folder)
-        self._verified = {name: VerifiedFile(self.folder / name, sha) for name, sha in (sha256 or {}).items()}
-        self._tensors = read_metadata(self.folder / METADATA_FILE)
-        for name in {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}:
-            self._check_file(name)
+    def __init__(self, folder: Place, *, sha256: Mapping[str, str] | None = None) -> None:
+        contents = contents_of(folder)
+        self.folder = contents.path
+        self._tensors = read_metadata(contents)
+        names = {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}
+        self._files = {name: self._file(contents, name) for name in sorted(names | set(sha256 or ()))}
+        self._verified = {
+            name: VerifiedFile(self._files[name], sha, label=self.folder / name) for name, sha in (sha256 or {}).items()
+        }
+        self._check_places()
         self._whole: set[str] = set()
-        self._places: dict[Chunk, PlainTensor | None] = {}
+        self._places: dict[Chunk, SavedTensor] = {}
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -94,43 +98,62 @@ class TorchDistReader:
             raise UserError(f"{self.folder}: tensor {key} is incomplete: {fault}")
         self._whole.add(key)
 
-    def _check_file(self, name: str) -> None:
+    def _check_places(self) -> None:
+        """Refuse a checkpoint that promises more bytes than it has, before memory is taken for any of them."""
+        for key, stored in self._tensors.items():
+            for chunk in stored.chunks:
+                if chunk.start + chunk.length > self._files[chunk.file].length:
+                    raise self._cut_short(key, chunk)
+
+    def _cut_short(self, key: str, chunk: Chunk) -> UserError:
+        path = self.folder / chunk.file
+        return UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
+
+    def _file(self, contents: Contents, name: str) -> Stretch:
         """A name from `.metadata` must stay inside the folder: a plain file name, no link."""
         if not is_plain_name(name):
             raise UserError(f"{self.folder}: .metadata names the file {name!r}; only names inside the folder are read")
-        path = self.folder / name
-        if path.is_symlink() or not path.is_file():
-            raise UserError(f"{path}: named by .metadata, but it is not a regular file of this checkpoint")
+        found = None if (self.folder / name).is_symlink() else contents.find(name)
+        if found is None:
+            raise UserError(
+                f"{self.folder / name}: named by .metadata, but it is not a regular file of this checkpoint"
+            )
+        return found
 
     def _read_part(self, key: str, chunk: Chunk, shared: Box, out: Tensor) -> None:
         """Fill `out` with the box `shared`, which lies in a stored chunk; the chunk must be what the metadata promises.
 
-        The bytes of the box alone where the chunk is as `torch.save` writes a contiguous tensor, else all of it.
+        The bytes of the box alone where the chunk is contiguous, else all of it.
         """
         path, promised = self.folder / chunk.file, (self._tensors[key].dtype, chunk.size)
-        with path.open("rb", buffering=0) as file:
-            verified = self._verified.get(chunk.file)
-            fill = partial(fill_from, file) if verified is None else verified.fill
-            if chunk.start + chunk.length > os.fstat(file.fileno()).st_size:
-                raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
+        stretch = self._files[chunk.file]
+        with stretch.path.open("rb", buffering=0) as file:
+            fill = self._filler(file, chunk)
+            end = min(stretch.length, os.fstat(file.fileno()).st_size - stretch.start)
+            if chunk.start + chunk.length > end:
+                raise self._cut_short(key, chunk)
             try:
                 if chunk not in self._places:  # a cut comes back for the next rows
-                    self._places[chunk] = find_plain_tensor(file, chunk.start, chunk.length)
+                    self._places[chunk] = find_tensor(file, stretch.start + chunk.start, chunk.length)
                 found = self._places[chunk]
-                if found is not None and (found.dtype, found.shape) == promised:
+                if (found.dtype, found.shape) == promised:
                     offset = tuple(at - begin for at, begin in zip(shared.offset, chunk.offset, strict=True))
                     return read_part(fill, found, Box(offset, shared.size), out)
-                data = bytearray(chunk.length)
-                fill(memoryview(data), chunk.start)
-                tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-            # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
-            except Exception as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
-        if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != promised:
-            is_tensor = isinstance(tensor, Tensor)
-            content = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
-            raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
-        out.copy_(tensor.detach()[shared.slices(chunk.offset)])
+        content = f"{found.dtype} {found.shape}"
+        raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
+
+    def _filler(self, file: BinaryIO, chunk: Chunk) -> Fill:
+        """What fills memory with the bytes of a chunk, from a position in it on; hashed where a hash is known."""
+        stretch, verified = self._files[chunk.file], self._verified.get(chunk.file)
+
+        def fill(target: memoryview, position: int) -> None:
+            if verified is not None:
+                return verified.fill(target, chunk.start + position)
+            return fill_from(file, target, stretch.start + chunk.start + position)
+
+        return fill
 
 
 def with_own_storage(tensor: Tensor) -> Tensor:
@@ -156,15 +179,21 @@ def _without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+def weights_file(rank: int) -> str:
+    """The name of the file of tensors that a rank writes."""
+    return f"__{rank}_0.distcp"
+
+
 class TorchDistWriter:
     """Appends chunks to `__{rank}_0.distcp`; `close` gives the records that `write_metadata` needs of every rank.
 
-    `sha256` is the hash of the file so far. Files are created, never reopened.
+    `sha256` is the hash of the file so far. Files are created, never reopened. With `file` the chunks go there, into a
+    tar say, and not into the folder.
     """
 
-    def __init__(self, folder: str | Path, *, rank: int = 0) -> None:
-        self.name = f"__{rank}_0.distcp"
-        self._file = HashingFile(Path(folder) / self.name)
+    def __init__(self, folder: str | Path, *, rank: int = 0, file: HashingFile | None = None) -> None:
+        self.name = weights_file(rank)
+        self._file = HashingFile(Path(folder) / self.name) if file is None else file
         self._records: list[dict[str, Any]] = []
 
     def write(self, key: str, tensor: Tensor, *, global_shape: Sequence[int], offset: Sequence[int]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Place
 from minitron_nemo.checkpoint.geometry import Box, whole
+from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.source import ShapedSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from minitron_nemo.errors import UserError
@@ -25,9 +27,7 @@ class TorchDistWeights(ShapedSource):
     shape.
     """
 
-    def __init__(
-        self, folder: str | Path, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Place, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None) -> None:
         super().__init__(arch)
         self.reader = TorchDistReader(folder, sha256=sha256)
         self._dtype = self._check(source)
@@ -90,14 +90,19 @@ def extra_states(arch: ModelArch) -> list[str]:
 
 
 def write_stream(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, arch: ModelArch, dtype: torch.dtype
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    arch: ModelArch,
+    dtype: torch.dtype,
+    file: HashingFile | None = None,
 ) -> dict[str, str]:
     """Write every logical tensor of a model, one chunk each and stored as `dtype`, as a whole torch_dist folder.
 
-    Returns the SHA-256 of the files of weights by name. Raises AssertionError for a tensor of another shape than the
-    model's, and when some are missing at the end.
+    Returns the SHA-256 of the files of weights by name. `file` is where they go when not into the folder. Raises
+    AssertionError for a tensor of another shape than the model's, and when some are missing at the end.
     """
-    writer = TorchDistWriter(folder)
+    writer = TorchDistWriter(folder, file=file)
     missing = logical_tensors(arch)
     for name, tensor in tensors:
         logical = missing.pop(name)

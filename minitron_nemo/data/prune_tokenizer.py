@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artefacts.foreign_json import read_json_object
+from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
+from minitron_nemo.artefacts.foreign_json import read_json_in
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.data.tokenizer import open_backend
 from minitron_nemo.data.vocabulary import bpe_of, is_id_key, read_vocabulary
 from minitron_nemo.errors import UserError
@@ -16,32 +18,33 @@ FILTERED = ("suppress_tokens", "begin_suppress_tokens")
 Ids = Mapping[int, int]  # old id -> new id
 
 
-def pruned_tokenizer(folder: str | Path, kept: Sequence[int]) -> dict[str, bytes]:
+def pruned_tokenizer(folder: Place, kept: Sequence[int]) -> dict[str, bytes]:
     """The tokenizer files of a folder, by name, for a model that keeps these rows (ascending) of its vocabulary.
 
     Raises UserError when the tokenizers library would not give the words the ids of their rows.
     """
-    folder, ids = Path(folder), {old: new for new, old in enumerate(kept)}
-    content = {"added_tokens": [], **read_json_object(folder / "tokenizer.json")}
-    pruned = _tokenizer(content, ids, source=str(folder / "tokenizer.json"))
-    _check(content, pruned, path=folder / "tokenizer.json")
+    source, ids = contents_of(folder), {old: new for new, old in enumerate(kept)}
+    path = source.path / "tokenizer.json"
+    content = {"added_tokens": [], **read_json_in(source, "tokenizer.json")}
+    pruned = _tokenizer(content, ids, source=str(path))
+    _check(content, pruned, path=path)
     files = {"tokenizer.json": pruned}
     for name in ("tokenizer_config.json", "generation_config.json", "hf_config.json"):
-        if (folder / name).is_file():
-            files[name] = _configuration(read_json_object(folder / name), ids, size=len(kept))
+        if has(source, name):
+            files[name] = _configuration(read_json_in(source, name), ids, size=len(kept))
     for name in ("added_tokens.json", "vocab.json"):
-        if (folder / name).is_file():
-            files[name] = {word: ids[old] for word, old in read_json_object(folder / name).items() if old in ids}
+        if has(source, name):
+            files[name] = {word: ids[old] for word, old in read_json_in(source, name).items() if old in ids}
     written = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in files.items()}
     for name in WITHOUT_IDS:
-        if (folder / name).is_file():
-            written[name] = (folder / name).read_bytes()
-    if (folder / "merges.txt").is_file():
+        if has(source, name):
+            written[name] = read_small(source, name)
+    if has(source, "merges.txt"):
         written["merges.txt"] = "\n".join(["#version: 0.2", *map(_text, pruned["model"]["merges"]), ""]).encode()
     return written
 
 
-def rows_kept(fewer: Path, whole: Path, *, fewer_size: int, whole_size: int) -> tuple[int, ...]:
+def rows_kept(fewer: Place, whole: Place, *, fewer_size: int, whole_size: int) -> tuple[int, ...]:
     """The row of the whole vocabulary behind each row of the one with fewer words, ascending.
 
     Both are tokenizer folders, with the rows of their models. Raises UserError when the one is not what pruning the
@@ -56,8 +59,8 @@ def rows_kept(fewer: Path, whole: Path, *, fewer_size: int, whole_size: int) -> 
             f"{ours.source}: id {row} ({ours.words.get(row)!a:.40}) is no word of {theirs.source} or not in its order; "
             "models are compared over one vocabulary, or over one that was pruned from the other"
         )
-    made = json.loads(pruned_tokenizer(whole, kept)["tokenizer.json"])
-    if made != {"added_tokens": [], **read_json_object(fewer / "tokenizer.json")}:
+    made = parse_json(pruned_tokenizer(whole, kept)["tokenizer.json"])
+    if made != {"added_tokens": [], **read_json_in(contents_of(fewer), "tokenizer.json")}:
         raise UserError(
             f"{ours.source} has words of {theirs.source} but is not what pruning it leaves; give the tokenizer that "
             "recipes/prune.py wrote"

@@ -11,7 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minitron_nemo.artefacts.foreign_json import read_json_object
+from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has
+from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,10 +24,15 @@ MAX_VOCAB = 2**31 - 1  # what Megatron's largest dtype for tokens can hold
 class Tokenizer:
     """Text to token ids and back. What begins and ends a document is not among the ids: `bos` and `eod` say it."""
 
-    folder: Path
+    files: Contents
     eod: int  # id that ends every document
     fingerprint: str  # sha256 of everything that decides which ids come out
     backend: tokenizers.Tokenizer = field(repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie, for messages."""
+        return self.files.path
 
     @cached_property
     def vocab_size(self) -> int:
@@ -49,7 +55,7 @@ class Tokenizer:
         if add is False:
             return None
         if add is True:
-            ident = _special_id(self.folder, self.backend, "bos")
+            ident = _special_id(self.files, self.backend, "bos")
             if ident is None:
                 raise UserError(
                     f"{self.folder}: prepare_data.add_bos=true, and no begin-of-sequence token is known; set bos_token "
@@ -72,24 +78,24 @@ class Tokenizer:
 
     def special_ids(self) -> dict[str, int]:
         """`bos_token_id` (where one is known) and `eos_token_id`, as a model's `config.json` names them."""
-        bos = _special_id(self.folder, self.backend, "bos")
+        bos = _special_id(self.files, self.backend, "bos")
         return {**({} if bos is None else {"bos_token_id": bos}), "eos_token_id": self.eod}
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`: one with a tokenizer.json, or a .nemo folder that has it under tokenizer/.
+def load_tokenizer(place: Place) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer.json, or of a .nemo model, which has it under tokenizer/.
 
     Raises UserError for a missing or unreadable tokenizer.json and when no end-of-document token is known.
     """
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
+    files = contents_of(place)
+    if not has(files, "tokenizer.json") and (inner := files.inside("tokenizer")).names():
+        files = inner
+    folder, path = files.path, files.path / "tokenizer.json"
+    if not has(files, "tokenizer.json"):
+        if has(files, "tokenizer.model"):
             raise UserError(
                 f"{folder}: has only tokenizer.model (sentencepiece); convert it to tokenizer.json with "
                 "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
@@ -98,12 +104,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder}: no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there, or give "
             "another folder that has them (`python recipes/train_tokenizer.py` makes one), such as a .nemo folder"
         )
-    content = read_json_object(path)
+    content = read_json_in(files, "tokenizer.json")
     backend = open_backend(path, content)
     # A tokenizer.json may carry the truncation and padding of its last use: they would cut documents.
     backend.no_truncation()
     backend.no_padding()
-    eod = _special_id(folder, backend, "eos")
+    eod = _special_id(files, backend, "eos")
     if eod is None:
         raise UserError(
             f"{folder}: no end-of-document token; set eos_token in tokenizer_config.json (or eos_token_id in "
@@ -111,7 +117,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     decisive = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     text = json.dumps([decisive, eod], sort_keys=True, separators=(",", ":"))
-    return Tokenizer(folder=folder, eod=eod, fingerprint=hashlib.sha256(text.encode()).hexdigest(), backend=backend)
+    return Tokenizer(files=files, eod=eod, fingerprint=hashlib.sha256(text.encode()).hexdigest(), backend=backend)
 
 
 def open_backend(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -132,13 +138,14 @@ def _size(backend: tokenizers.Tokenizer) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int | None:
+def _special_id(files: Contents, backend: tokenizers.Tokenizer, which: str) -> int | None:
     """Id of `<which>_token` in tokenizer_config.json, else `<which>_token_id` of the model's configuration, else None.
 
     `which` is eos or bos. Raises UserError for one that is given and is no token of the vocabulary.
     """
-    if (path := folder / "tokenizer_config.json").is_file():
-        token = read_json_object(path).get(f"{which}_token")
+    if has(files, "tokenizer_config.json"):
+        path = files.path / "tokenizer_config.json"
+        token = read_json_in(files, "tokenizer_config.json").get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             if not isinstance(token, str):
@@ -150,8 +157,8 @@ def _special_id(folder: Path, backend: tokenizers.Tokenizer, which: str) -> int 
             return int(ident)
     size = _size(backend)
     for name in ("generation_config.json", "config.json", "hf_config.json"):
-        if (path := folder / name).is_file():
-            given = read_json_object(path).get(f"{which}_token_id")
+        if has(files, name):
+            path, given = files.path / name, read_json_in(files, name).get(f"{which}_token_id")
             if given is None:
                 continue
             ident = given[0] if isinstance(given, list) and given else given

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artefacts.foreign_json import read_json_object
+from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has
+from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.data.tokenizer import open_backend
 from minitron_nemo.errors import UserError
 
@@ -138,14 +139,14 @@ def _last_merge(word: str, ranks: Mapping[Pair, int]) -> Pair | None:
     return pair if len(symbols) == 2 and pair in ranks else None
 
 
-def read_vocabulary(folder: str | Path, *, size: int) -> Vocabulary:
+def read_vocabulary(folder: Place, *, size: int) -> Vocabulary:
     """The vocabulary of the tokenizer in `folder`, of a model with `size` rows.
 
     Raises UserError for a tokenizer whose words cannot be pruned: another model than BPE, one that can not spell every
     text in bytes, one with random merges, ids that the model does not have.
     """
-    path = Path(folder) / "tokenizer.json"
-    content = read_json_object(path)
+    files = contents_of(folder)
+    path, content = files.path / "tokenizer.json", read_json_in(files, "tokenizer.json")
     model = bpe_of(content, source=str(path))
     words, added = _words(content, model, source=str(path), size=size)
     ids = {word: ident for ident, word in words.items()}
@@ -156,7 +157,7 @@ def read_vocabulary(folder: str | Path, *, size: int) -> Vocabulary:
                 raise UserError(f"{path}: a merge names {ascii(word)[:40]}, which is no word of the vocabulary")
     open_backend(path, content)  # from here on the file has the form that the library reads
     needed = {ids[word]: "a token of single bytes" for word in _spelling(content, model, ids, source=str(path))}
-    needed |= {ident: "named in the files beside the tokenizer" for ident in _named(Path(folder)) if ident in words}
+    needed |= {ident: "named in the files beside the tokenizer" for ident in _named(files) if ident in words}
     tokens = [model.get("unk_token"), *_special_words(content.get("post_processor"))]
     needed |= {ids[word]: "a token that the tokenizer itself puts in" for word in tokens if word in ids}
     needed |= dict.fromkeys(added, "a special or added token")
@@ -249,11 +250,11 @@ def is_id_key(key: str) -> bool:
     return key.endswith(("_token_id", "_token_ids"))
 
 
-def _named(folder: Path) -> Iterable[int]:
+def _named(files: Contents) -> Iterable[int]:
     """Ids that the files beside the tokenizer name."""
     for name in NAMING_FILES:
-        if (folder / name).is_file():
-            for key, value in read_json_object(folder / name).items():
+        if has(files, name):
+            for key, value in read_json_in(files, name).items():
                 if is_id_key(key):
                     yield from (ident for ident in (value if isinstance(value, list) else [value])
                                 if type(ident) is int)  # fmt: skip

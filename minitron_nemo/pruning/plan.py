@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.contents import Contents, FolderContents, Place, contents_of, has, read_small
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import AXES, FIRST_AXES, Axis, blocks_first, shrink
 
 SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"  # of a pruned model
 
 Units = tuple[int, ...]
 Rows = tuple[Units, ...]
@@ -142,8 +145,19 @@ def read_plan(path: Path | str) -> PruningPlan:
 
     An axis registered after the file was written keeps everything.
     """
+    return _plan_in(FolderContents(Path(path).parent), Path(path).name)
+
+
+def plan_of_model(model: Place) -> PruningPlan | None:
+    """The plan that a pruned model was cut by, None for a model that carries none."""
+    contents = contents_of(model)
+    return _plan_in(contents, PLAN_FILE) if has(contents, PLAN_FILE) else None
+
+
+def _plan_in(contents: Contents, name: str) -> PruningPlan:
+    path = contents.path / name
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(read_small(contents, name))
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a plan ({reason}); give the plan.json that prune wrote") from None

@@ -17,7 +17,7 @@ from minitron_nemo.artefacts.manifest import PACKAGES, read_manifest
 from minitron_nemo.artefacts.records import read_record
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.scores import ImportanceScores, read_scores
-from minitron_nemo.pruning.plan import PruningPlan, read_plan
+from minitron_nemo.pruning.plan import PruningPlan, plan_of_model
 from minitron_nemo.reporting.making import Making, Records, makings, reference_of
 from minitron_nemo.shape.arch import ModelArch
 
@@ -58,7 +58,7 @@ def collect(run_dir: str | Path, models: Sequence[str]) -> Report:
     if not models:
         raise UserError("report.models=[]: name at least one model to show")
     scores = run_dir / "importance"
-    plans = {name: run_dir / f"{name}.nemo" / "plan.json" for name in models}
+    plans = {name: plan_of_model(run_dir / f"{name}.nemo") for name in models}
     read = {name: _read_model(run_dir, name) for name in models}
     curves = {name: records for name in models if (records := read_metrics(run_dir / "logs" / name))}
     return Report(
@@ -66,7 +66,7 @@ def collect(run_dir: str | Path, models: Sequence[str]) -> Report:
         models=read,
         curves=curves,
         scores=read_scores(scores) if scores.is_dir() else None,
-        plans={name: read_plan(path) for name, path in plans.items() if path.exists()},
+        plans={name: plan for name, plan in plans.items() if plan is not None},
         made=makings(run_dir, models, curves),
         reference=reference_of(run_dir, models),
         facts=_facts(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.contents import contents_of, has
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, manifest_sha256, read_manifest
 from minitron_nemo.artefacts.records import read_record
 
@@ -69,7 +70,9 @@ def reference_of(run_dir: Path, names: Sequence[str]) -> str:
 
 
 def _folders_by_hash(run_dir: Path) -> dict[str, Path]:
-    return {manifest_sha256(path.parent): path.parent for path in sorted(run_dir.glob(f"*.nemo/{MANIFEST_FILE}"))}
+    return {
+        manifest_sha256(path): path for path in sorted(run_dir.glob("*.nemo")) if has(contents_of(path), MANIFEST_FILE)
+    }
 
 
 def _part(manifest: Manifest, folders: Mapping[str, Path]) -> str:

@@ -52,7 +52,7 @@ def pruned_shape(config: Config, cut: ModelArch) -> ModelArch:
 
 
 def _arch_on_disk(path: str | None) -> ModelArch | None:
-    if path is None or not Path(path).is_dir():
+    if path is None or not Path(path).exists():
         return None
     from minitron_nemo.checkpoint.formats.nemo import open_nemo  # brings torch
 
@@ -62,7 +62,7 @@ def _arch_on_disk(path: str | None) -> ModelArch | None:
 def describe(recipe: Recipe, config: Config) -> str:
     """Shapes, parameter counts, the recipe's own lines and its paths."""
     lines = [f"{recipe.name} of {config.name}: dry run, nothing is allocated or written"]
-    if recipe.processes == "one" and config.model is None and not Path(str(config.prune.checkpoint)).is_dir():
+    if recipe.processes == "one" and config.model is None and not Path(str(config.prune.checkpoint)).exists():
         lines.append("  shapes    not known: the config has no `model`, and no checkpoint is there yet")
     else:
         model = shapes(config)

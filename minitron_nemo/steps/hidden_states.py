@@ -39,13 +39,11 @@ def hidden_state_pairs(config: Config, student: "NemoFolder", teacher: "NemoFold
 
 def _teacher_layers(student: "NemoFolder", teacher: "NemoFolder") -> list[int]:
     """For each layer of the student that of the teacher, counted from 1."""
-    from minitron_nemo.pruning.plan import read_plan
+    from minitron_nemo.pruning.plan import plan_of_model
 
-    depth, file = teacher.arch.num_layers, student.path / "plan.json"
-    if file.is_file():
-        plan = read_plan(file)
-        if plan.source.num_layers == depth and plan.target.num_layers == student.arch.num_layers:
-            return [layer + 1 for layer in plan.layers]
+    depth, plan = teacher.arch.num_layers, plan_of_model(student.contents)
+    if plan is not None and (plan.source.num_layers, plan.target.num_layers) == (depth, student.arch.num_layers):
+        return [layer + 1 for layer in plan.layers]
     if student.arch.num_layers == depth:
         return list(range(1, depth + 1))
     raise UserError(

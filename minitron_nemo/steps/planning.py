@@ -1,7 +1,6 @@
 """What a prune step cuts by: the plan that its config gives or that scores and target make."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.manifest import read_manifest, verify_files
@@ -86,7 +85,7 @@ def word_scores(config: Config, model: "NemoFolder", size: int) -> "Tensor":
     from minitron_nemo.data.vocabulary import read_vocabulary
     from minitron_nemo.steps.settings import blend_for
 
-    vocabulary = read_vocabulary(Path(model.tokenizer), size=model.arch.vocab_size)
+    vocabulary = read_vocabulary(model.tokenizer, size=model.arch.vocab_size)
     vocabulary.check_size(size)
     frequencies = token_frequencies(blend_for(config, model, weights=config.distill.blend))
     ranked = torch.tensor(vocabulary.ranked(frequencies.tolist()))

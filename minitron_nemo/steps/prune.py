@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from minitron_nemo.artefacts.contents import has
 from minitron_nemo.artefacts.lineage import ancestors
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, NemoFolder, open_nemo, write_nemo
@@ -22,7 +23,7 @@ from minitron_nemo.importance.scores import read_scores
 from minitron_nemo.importance.second_moments import SecondMomentFile
 from minitron_nemo.progress import watched
 from minitron_nemo.pruning.cut import PrunedSource
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.pruning.plan import PLAN_FILE, PruningPlan
 from minitron_nemo.pruning.proof import RANDOM, Digests, prove_cut
 from minitron_nemo.pruning.repairs.sources import Repairs, repaired
 from minitron_nemo.steps.planning import needs_importance
@@ -73,7 +74,7 @@ def prune(
         logger.info(found.describe())
         return {"proof": found.to_dict()}
 
-    renamed = plan.target.vocab_size < plan.source.vocab_size and (model.tokenizer / "tokenizer.json").is_file()
+    renamed = plan.target.vocab_size < plan.source.vocab_size and has(model.tokenizer, "tokenizer.json")
     write_nemo(
         output,
         plan.target,
@@ -81,7 +82,7 @@ def prune(
         dtype=model.dtype,
         tokenizer=None if renamed else model.tokenizer,
         origin=origin,
-        files={"plan.json": plan.to_json().encode(), **(_tokenizer_files(model, plan) if renamed else {})},
+        files={PLAN_FILE: plan.to_json().encode(), **(_tokenizer_files(model, plan) if renamed else {})},
         prove=prove if proof else None,
     )
     return open_nemo(output)

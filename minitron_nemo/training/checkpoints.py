@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.contents import Place
 from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.artefacts.lock import locked
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, file_sha256, read_manifest, verify_files
@@ -205,7 +206,7 @@ def _in_short(hashes: Mapping[str, str]) -> str:
 
 
 def save_model(
-    path: Path, model: ModelChunks, arch: ModelArch, groups: Groups, *, tokenizer: Path, tokens: int, origin: Origin
+    path: Path, model: ModelChunks, arch: ModelArch, groups: Groups, *, tokenizer: Place, tokens: int, origin: Origin
 ) -> None:
     """Publish a trained model as a `.nemo` folder from all ranks. Collective."""
     dtype = next(model.parameters()).dtype

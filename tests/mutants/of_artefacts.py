@@ -14,7 +14,7 @@ FAULTS = [
     Fault(
         MANIFEST,
         "files are not hashed when they are verified",
-        find='if file_sha256(Path(folder) / name, advance=bar.advance) != manifest.files[name]["sha256"]:',
+        find='if found is None or file_sha256(found, advance=bar.advance) != manifest.files[name]["sha256"]:',
         replace="if False:",
         tests=f"{TEST_MANIFEST} -k damaged",
     ),

@@ -207,7 +207,7 @@ FAULTS = [
     Fault(
         PRUNE_TOKENIZER,
         "a student's merges may be other ones than its teacher's",
-        find='if made != {"added_tokens": [], **read_json_object(fewer / "tokenizer.json")}:',
+        find='if made != {"added_tokens": [], **read_json_in(contents_of(fewer), "tokenizer.json")}:',
         replace="if False:",
         tests="tests/recipes/test_prune_vocabulary.py -k remerged",
     ),

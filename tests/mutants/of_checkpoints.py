@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         HASHED,
         "the end of a file is not looked at",
-        find="self._pass(file, os.fstat(file.fileno()).st_size)",
+        find="self._pass(file, self.stretch.length)",
         replace="pass",
         tests=f"{TEST_HASHED} -k any_order",
     ),
@@ -108,8 +108,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/formats/nemo.py",
         "of what is hashed while it is read all other files go unhashed",
-        find='verify_files(path, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
-        replace="verify_files(path, manifest, leave=manifest.files)",
+        find='verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
+        replace="verify_files(contents, manifest, leave=manifest.files)",
         tests=f"{TEST_HASHED} -k any_other_file",
     ),
     Fault(
@@ -136,15 +136,15 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/torch_dist.py",
         "a chunk may be another tensor than the metadata promises",
-        find="(tensor.dtype, tuple(tensor.shape)) != promised",
-        replace="False",
+        find="if (found.dtype, found.shape) == promised:",
+        replace="if True:",
         tests="tests/unit/test_chunk_shapes.py",
     ),
     Fault(
-        "minitron_nemo/checkpoint/restricted_metadata.py",
+        "minitron_nemo/checkpoint/pickle_machine.py",
         "metadata may name any class",
-        find="return ALLOWED_GLOBALS[module, name]",
-        replace="return ALLOWED_GLOBALS.get((module, name)) or super().find_class(module, name)",
+        find="self.push(self.known[module, name])",
+        replace="self.push(self.known.get((module, name)) or getattr(__import__(module), name))",
         tests=f"{TEST_TORCH_DIST} -k 'runs_code or closed_table'",
     ),
     Fault(

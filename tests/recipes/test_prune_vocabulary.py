@@ -177,7 +177,7 @@ def test_a_vocabulary_that_is_not_the_teachers_is_refused_in_one_line(run, stude
 def with_other_words(source, target, *, remerged: bool) -> None:
     """A copy of a model whose tokenizer has a word of its own, or other merges of its words."""
     model, folder = open_nemo(source), target.parent / f"{target.name}_tokenizer"
-    shutil.copytree(model.tokenizer, folder)
+    shutil.copytree(model.tokenizer.path, folder)
     values = json.loads((folder / "tokenizer.json").read_text())
     if remerged:
         values["model"]["merges"].reverse()

@@ -11,6 +11,7 @@ import torch
 
 from minitron_nemo.artefacts.manifest import read_manifest
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint import hashed_files
 from minitron_nemo.checkpoint.formats.hf import export_hf
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
@@ -57,7 +58,7 @@ def spans(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_parts_in_any_order_are_those_of_the_file_and_prove_it_whole(seed, content, tmp_path):
-    file = VerifiedFile(tmp_path / "x", hashlib.sha256(content).hexdigest())
+    file = VerifiedFile(Stretch.whole(tmp_path / "x"), hashlib.sha256(content).hexdigest())
     for start, end in spans(seed):
         assert part_of(file, start, end) == content[start:end]
     file.verify()
@@ -69,7 +70,7 @@ def test_a_flipped_byte_anywhere_is_refused_whatever_was_read(read, content, tmp
     sha256 = hashlib.sha256(content).hexdigest()
     for at in range(0, SIZE, 37):
         (tmp_path / "x").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        file = VerifiedFile(tmp_path / "x", sha256)
+        file = VerifiedFile(Stretch.whole(tmp_path / "x"), sha256)
         for start, end in {"nothing": [], "parts": spans(at), "all": [(0, SIZE)]}[read]:
             part_of(file, start, end)
         with pytest.raises(UserError, match=r"x: damaged: its SHA-256 is not that of manifest.json$"):
@@ -77,7 +78,7 @@ def test_a_flipped_byte_anywhere_is_refused_whatever_was_read(read, content, tmp
 
 
 def test_from_front_to_back_each_byte_is_read_once(content, tmp_path, bytes_read):
-    file = VerifiedFile(tmp_path / "x", hashlib.sha256(content).hexdigest())
+    file = VerifiedFile(Stretch.whole(tmp_path / "x"), hashlib.sha256(content).hexdigest())
     for start in range(0, SIZE, 100):
         part_of(file, start + 20, start + 90)
     file.verify()
@@ -87,7 +88,7 @@ def test_from_front_to_back_each_byte_is_read_once(content, tmp_path, bytes_read
 def test_a_file_that_ends_early_or_late_is_refused(content, tmp_path):
     for damage in (content[:-1], content + b"x", b""):
         (tmp_path / "x").write_bytes(damage)
-        file = VerifiedFile(tmp_path / "x", hashlib.sha256(content).hexdigest())
+        file = VerifiedFile(Stretch.whole(tmp_path / "x"), hashlib.sha256(content).hexdigest())
         with pytest.raises(UserError, match="x: damaged"):
             file.verify()
     with pytest.raises(EOFError):
@@ -118,7 +119,7 @@ def test_what_is_written_is_there_and_hashed_on_any_kernel(knows_the_flag, tmp_p
     data = (tmp_path / "x").read_bytes()
     assert data == b"small" + pieces[2].tobytes() + b"end"
     assert file.sha256 == hashlib.sha256(data).hexdigest()
-    verified = VerifiedFile(tmp_path / "x", file.sha256)
+    verified = VerifiedFile(Stretch.whole(tmp_path / "x"), file.sha256)
     assert part_of(verified, 3, 10) == data[3:10]
     verified.verify()
     assert not (refused and knows_the_flag)

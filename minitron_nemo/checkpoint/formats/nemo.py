@@ -1,6 +1,6 @@
 """The model artefact: a `name.nemo/` folder with its shape, its weights as torch_dist shards and its tokenizer."""
 
-import shutil
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has, read_small
 from minitron_nemo.artefacts.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -21,8 +22,10 @@ from minitron_nemo.artefacts.manifest import (
     verify_files,
 )
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.artefacts.paths import contained_file
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.strict_yaml import parse_yaml
+from minitron_nemo.checkpoint.hashed_files import HashingFile
+from minitron_nemo.checkpoint.torch_dist import weights_file
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -44,20 +47,26 @@ TOKENIZER_FILES = (
 class NemoFolder:
     """An opened, checked model artefact; `open_nemo` makes it. `weights` is a TensorSource, read on demand."""
 
-    path: Path
+    contents: Contents
     arch: ModelArch
     dtype: torch.dtype
     manifest: Manifest
     weights: TorchDistWeights
 
     @property
-    def tokenizer(self) -> Path:
-        return self.path / TOKENIZER
+    def path(self) -> Path:
+        """Its folder, or the one file that it is packed in."""
+        return self.contents.path
+
+    @property
+    def tokenizer(self) -> Contents:
+        """Its tokenizer files."""
+        return self.contents.inside(TOKENIZER)
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the manifest: what a child artefact names as its parent."""
-        return manifest_sha256(self.path)
+        return manifest_sha256(self.contents)
 
 
 def precision_name(dtype: torch.dtype) -> str:
@@ -68,7 +77,7 @@ def precision_name(dtype: torch.dtype) -> str:
     raise UserError(f"dtype {dtype}: weights are stored as bfloat16, float16 or float32")
 
 
-def open_nemo(path: str | Path, *, verify: bool = False, verify_while_read: bool = False) -> NemoFolder:
+def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = False) -> NemoFolder:
     """The model artefact at `path`, its shape, keys and file sizes checked; with `verify` every hash as well.
 
     With `verify_while_read` files of weights are hashed as they are read, for a step that reads them once:
@@ -76,26 +85,28 @@ def open_nemo(path: str | Path, *, verify: bool = False, verify_while_read: bool
 
     Raises UserError in one line for anything that is not a whole model artefact.
     """
-    path = Path(path)
+    contents = contents_of(path)
     for name in (MANIFEST_FILE, CONFIG_FILE):
-        if not (path / name).is_file():
-            reason = f"no {name}" if path.is_dir() else "no such folder"
+        if not has(contents, name):
+            reason = f"no {name}" if os.path.lexists(contents.path) else "no such folder"
             raise UserError(f"{path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
-    manifest = read_manifest(path, kind=KIND)
+    manifest = read_manifest(contents, kind=KIND)
     for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
         if name not in manifest.files:
-            raise UserError(f"{path / MANIFEST_FILE}: does not list {name}, so nothing vouches for it; make it again")
-    check_listed(path, manifest)
+            raise UserError(
+                f"{contents.path / MANIFEST_FILE}: does not list {name}, so nothing vouches for it; make it again"
+            )
+    check_listed(contents, manifest)
     later = _hashes_of_weights(manifest) if verify_while_read else {}
     if verify or verify_while_read:
-        verify_files(path, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
+        verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
     else:
-        check_sizes(path, manifest)
-    arch, dtype = _read_config(path / CONFIG_FILE)
-    weights = TorchDistWeights(path / WEIGHTS, arch, source=CONFIG_FILE, sha256=later)
+        check_sizes(contents, manifest)
+    arch, dtype = _read_config(contents)
+    weights = TorchDistWeights(contents.inside(WEIGHTS), arch, source=CONFIG_FILE, sha256=later)
     if weights.dtype() != dtype:
-        raise UserError(f"{path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
-    return NemoFolder(path, arch, dtype, manifest, weights)
+        raise UserError(f"{contents.path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
+    return NemoFolder(contents, arch, dtype, manifest, weights)
 
 
 def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
@@ -104,10 +115,11 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
     return {name.removeprefix(f"{WEIGHTS}/"): manifest.files[name]["sha256"] for name in names}
 
 
-def _read_config(path: Path) -> tuple[ModelArch, torch.dtype]:
+def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
+    path = contents.path / CONFIG_FILE
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        values = parse_yaml(read_small(contents, CONFIG_FILE))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
@@ -117,7 +129,7 @@ def _read_config(path: Path) -> tuple[ModelArch, torch.dtype]:
     return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
 
 
-def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
+def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokenizer: Place | None) -> None:
     """Write into `folder` what is not weights: `model_config.yaml`, and the tokenizer files found in `tokenizer`."""
     values = {**arch.to_dict(), "precision": precision_name(dtype)}
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -126,16 +138,16 @@ def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokeni
         copy_tokenizer(tokenizer, folder / TOKENIZER)
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo folder."""
-    source = Path(source)
-    if (source / CONFIG_FILE).is_file():
-        source = source / TOKENIZER
-    if not source.is_dir():
+def copy_tokenizer(source: Place, target: str | Path) -> None:
+    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model."""
+    if isinstance(source, str | Path) and not os.path.exists(source):
         raise UserError(f"{source}: no such tokenizer folder; give one with tokenizer.json, or a .nemo folder")
+    files = contents_of(source)
+    if has(files, CONFIG_FILE):
+        files = files.inside(TOKENIZER)
     for name in TOKENIZER_FILES:
-        if (file := contained_file(source, name)) is not None:
-            shutil.copyfile(file, Path(target) / name)
+        if has(files, name):
+            (Path(target) / name).write_bytes(read_small(files, name))
 
 
 def model_facts(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
@@ -149,25 +161,34 @@ def write_nemo(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
-    tokenizer: str | Path | None,
+    tokenizer: Place | None,
     origin: Origin,
     extra: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
     prove: Callable[[TorchDistWeights], Mapping[str, Any]] | None = None,
+    packed: bool = False,
 ) -> None:
     """Publish a model artefact from a stream of its logical tensors, taking one at a time and storing it as `dtype`.
+
+    It is a folder, or `packed` into one tar, which the weights are written into as they come.
 
     `files` are further files of the folder, by relative name; `extra` are further facts for the manifest. `prove` is
     given the weights as they were written: what it returns are facts too, and when it raises nothing is published.
     """
     check_free_space(path, arch.num_params() * dtype.itemsize)
     facts = {**model_facts(arch, dtype), **(extra or {})}
-    with publishing(path, kind=KIND, origin=origin, extra=facts) as draft:
+    with publishing(path, kind=KIND, origin=origin, extra=facts, packed=packed) as draft:
         describe_folder(draft.folder, arch, dtype=dtype, tokenizer=tokenizer)
         for name, content in (files or {}).items():
             (draft.folder / name).write_bytes(content)
         (draft.folder / WEIGHTS).mkdir()
-        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype)
+        file = None
+        if draft.tar is not None:
+            file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{WEIGHTS}/{weights_file(0)}"))
+        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype, file=file)
         draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
+        if draft.tar is not None and file is not None:
+            draft.tar.complete(file.position)
         if prove is not None:
+            assert not packed, "what is packed cannot be looked at before it is complete"
             draft.extra.update(prove(TorchDistWeights(draft.folder / WEIGHTS, arch, source=CONFIG_FILE)))
