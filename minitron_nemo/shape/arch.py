@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.limits import check_fields
 
 FAMILIES = ("llama", "mistral", "nemotron")
@@ -69,7 +69,7 @@ class ModelArch:
             )
         for name, allowed in (("family", FAMILIES), ("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r:.60}: allowed are {', '.join(allowed)}")
+                raise UserError(f"{name}={shown(getattr(self, name))}: allowed are {', '.join(allowed)}")
 
     @property
     def is_gated(self) -> bool:
@@ -145,7 +145,9 @@ class ModelArch:
         if not isinstance(values, dict):
             raise UserError(f"{source}: expected a mapping of model shape fields, got {type(values).__name__}")
         if unknown := sorted(map(str, set(values) - known)):
-            raise UserError(f"{source}: unknown field {unknown[0]!r}; a model shape has {', '.join(sorted(known))}")
+            raise UserError(
+                f"{source}: unknown field {shown(unknown[0])}; a model shape has {', '.join(sorted(known))}"
+            )
         if missing := sorted(required - set(values)):
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         values = dict(values)

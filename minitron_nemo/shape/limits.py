@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 
 # Far above every published model, and low enough that lists of layers and products of sizes stay small.
 LARGEST = {
@@ -23,14 +23,9 @@ def check_fields(record: Any) -> None:
         name, value = field.name, getattr(record, field.name)
         if field.type is int and not (type(value) is int and 1 <= value <= LARGEST[name]):
             raise UserError(
-                f"{name}={_short(value)}: a model shape needs a whole number of at least 1 and at most {LARGEST[name]}"
+                f"{name}={shown(value)}: a model shape needs a whole number of at least 1 and at most {LARGEST[name]}"
             )
         if field.type is float and not (type(value) in (int, float) and 0 < value < LARGEST_NUMBER):
-            raise UserError(f"{name}={_short(value)}: must be a number above 0 and below {LARGEST_NUMBER:g}")
+            raise UserError(f"{name}={shown(value)}: must be a number above 0 and below {LARGEST_NUMBER:g}")
         if field.type is bool and type(value) is not bool:
-            raise UserError(f"{name}={_short(value)}: must be true or false")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) < 60 else text[:57] + "..."
+            raise UserError(f"{name}={shown(value)}: must be true or false")

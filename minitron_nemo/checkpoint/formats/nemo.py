@@ -27,7 +27,7 @@ from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.torch_dist import weights_file
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
 
 KIND = "model"
@@ -125,7 +125,7 @@ def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
         raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
     precision = values.pop("precision", None)
     if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise UserError(f"{path}: precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+        raise UserError(f"{path}: precision={shown(precision)}: allowed are {', '.join(PRECISIONS)}")
     return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
 
 
