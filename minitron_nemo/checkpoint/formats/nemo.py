@@ -23,13 +23,14 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.torch_dist import weights_file
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
 from minitron_nemo.distributed.layout import Layout
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
 
 KIND = "model"
@@ -165,14 +166,14 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
 def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
     path = contents.path / CONFIG_FILE
     try:
-        values = yaml.safe_load(read_small(contents, CONFIG_FILE).decode())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        values = parse_yaml(read_small(contents, CONFIG_FILE))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
     precision = values.pop("precision", None)
     if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise UserError(f"{path}: precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+        raise UserError(f"{path}: precision={shown(precision)}: allowed are {', '.join(PRECISIONS)}")
     return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
 
 
