@@ -31,7 +31,7 @@ def prepare(config: Config) -> Job:
     target, source = FORMATS[section.format.value], Path(str(section.source))
     check_target_format(target, layout_of(config))
     model = open_checkpoint(source)
-    layout_of(config).check(model.arch)
+    layout_of(config).check(model.arch, setting="convert.tensor_model_parallel_size")
     logger.info(f"convert: {source} is {model.format}: {model.arch.describe()}")
     settings, output = identity(section), Path(str(section.output))
     if is_ours(source):

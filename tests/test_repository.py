@@ -22,7 +22,7 @@ ROOMS: dict[str, str] = {
     "shape": "errors",
     "artefacts": "errors progress",
     "distributed": "errors shape",
-    "config": "errors shape distributed",
+    "config": "errors shape artefacts distributed",
     "checkpoint": "errors shape artefacts distributed",
     "importance": "errors shape artefacts distributed",
     "data": "errors progress artefacts config",

@@ -12,7 +12,8 @@ from typing import Any
 from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.stretch import Stretch
-from minitron_nemo.checkpoint.restricted_metadata import DTYPES, Record, StoredObject, one_line, read_state
+from minitron_nemo.checkpoint.pickle_machine import Record, run
+from minitron_nemo.checkpoint.restricted_metadata import DTYPES, StoredObject, one_line
 from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, COMMON_OBJECT
 from minitron_nemo.errors import UserError
 
@@ -67,7 +68,7 @@ def read_common_state(data: bytes, *, source: str) -> dict[str, Any]:
     if len(data) > COMMON_LIMIT:
         raise UserError(f"{source}: {len(data)} bytes; a common state has at most {COMMON_LIMIT}")
     try:
-        state = read_state(_description(data), named=named, stored=lambda reference: Record(reference))
+        state = run(_description(data), named, stored=lambda reference: Record(reference))
         if isinstance(state, list) and len(state) == 1:
             (state,) = state
         if not isinstance(state, dict):

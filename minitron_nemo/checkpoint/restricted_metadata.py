@@ -1,13 +1,15 @@
 """The only pickles of this package: the `.metadata` file of a torch_dist checkpoint and what `torch.save` describes
 its content by, read without running code.
 
-Reading goes through closed tables: every class a checkpoint of torch.distributed or Megatron-Core names is
-answered by an inert record of ours, every other name is refused. Nothing is imported because a file says so.
+Reading goes through a closed table of opcodes (`pickle_machine`) and closed tables of names: every class a checkpoint
+of torch.distributed or Megatron-Core names is answered by an inert record of ours, every other name is refused. Nothing
+is imported because a file says so.
 """
 
-import io
+import itertools
+import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,34 +19,17 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.checkpoint.geometry import Chunk, StoredTensor
+from minitron_nemo.checkpoint.pickle_machine import Record, run
 from minitron_nemo.errors import UserError
 
 METADATA_FILE = ".metadata"
-METADATA_LIMIT = 512 * 2**20  # bytes; that of a 405B model with its optimizer is a few dozen MiB
+METADATA_LIMIT = 64 * 2**20  # bytes; that of 24,000 chunks has 3.5 MB
+DIMS_LIMIT = 16
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
     torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
 )}  # fmt: skip
-
-
-class Record:
-    """Stands in for a pickled object: keeps the arguments and the state that came with it."""
-
-    arguments: tuple[Any, ...]
-    fields: dict[str, Any]
-    state: Any
-
-    def __new__(cls, *arguments: Any) -> "Record":  # what a pickle calls, with `__init__` or without it
-        record = super().__new__(cls)
-        record.arguments, record.fields, record.state = arguments, {}, None
-        return record
-
-    def __init__(self, *arguments: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        self.fields = state if isinstance(state, dict) else {}
 
 
 class _Metadata(Record):
@@ -86,44 +71,6 @@ def _table() -> dict[tuple[str, str], Any]:
 ALLOWED_GLOBALS = _table()
 
 
-class _RestrictedUnpickler(pickle._Unpickler):
-    """The unpickler written in Python: the one in C lets a file of ten bytes ask for a memo of many GiB."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it holds a persistent id, which no checkpoint needs")
-
-
-class _StateUnpickler(_RestrictedUnpickler):
-    """The same with a table and a way to storages that the caller gives."""
-
-    def __init__(self, file: Any, named: Callable[[str, str], Any], stored: Callable[[Any], Any]) -> None:
-        super().__init__(file)
-        self._named, self._stored = named, stored
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (found := self._named(module, name)) is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._stored(pid)
-
-
-def read_state(data: bytes, *, named: Callable[[str, str], Any], stored: Callable[[Any], Any]) -> Any:
-    """What the pickle of a `torch.save` file describes, without its elements.
-
-    `named` answers the names of classes and functions, with None for one that is refused; `stored` answers references
-    to storages. Raises anything for a file that is damaged or hostile: who calls it says which.
-    """
-    return _StateUnpickler(io.BytesIO(data), named, stored).load()
-
-
 @dataclass(frozen=True)
 class StoredObject:
     """Where the pickle of an object lies: `[start, start + length)` of `file`."""
@@ -151,7 +98,7 @@ def read_metadata(checkpoint: Contents) -> StoredState:
         raise UserError(f"{checkpoint.path} is not a torch_dist checkpoint: no {METADATA_FILE}")
     content = read_small(checkpoint, METADATA_FILE, limit=METADATA_LIMIT)
     try:
-        root = _RestrictedUnpickler(io.BytesIO(content)).load()
+        root = run(content, lambda module, name: ALLOWED_GLOBALS.get((module, name)))
     # A damaged pickle raises nearly anything; whatever it is, the file is refused and the cause named.
     except Exception as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
@@ -172,7 +119,7 @@ def _stored_state(root: Any) -> StoredState:
     places, objects = {}, {}
     for index, info in root.fields["storage_data"].items():
         if index.fields.get("offset") is not None:
-            places[index.fields["fqn"], _sizes(index.fields["offset"])] = info.fields
+            places[_text(index.fields["fqn"]), _sizes(index.fields["offset"])] = info.fields
         else:
             place = _text(info.fields["relative_path"]), _count(info.fields["offset"]), _count(info.fields["length"])
             objects[_text(index.fields["fqn"])] = StoredObject(*place)
@@ -180,6 +127,7 @@ def _stored_state(root: Any) -> StoredState:
     for key, stored in root.fields["state_dict_metadata"].items():
         if isinstance(stored, _TensorStorage):
             tensors[_text(key)] = _stored_tensor(key, stored.fields, places)
+    _check_places(tensors)
     return StoredState(tensors, objects)
 
 
@@ -198,8 +146,20 @@ def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str,
         if place.get("transform_descriptors"):
             raise ValueError(f"tensor {key!r} is stored compressed, which is not supported")
         start, length = _count(place["offset"]), _count(place["length"])
+        if math.prod(size) * dtype.itemsize > length:
+            raise ValueError(
+                f"the chunk of tensor {key!r} at {offset} has {length} bytes, too few for its shape {size}"
+            )
         chunks.append(Chunk(offset, size, _text(place["relative_path"]), start, length))
     return StoredTensor(shape, dtype, tuple(chunks))
+
+
+def _check_places(tensors: dict[str, StoredTensor]) -> None:
+    """Refuse chunks that share bytes: a file would unfold into more than it has."""
+    places = sorted((c.file, c.start, c.length, key) for key, stored in tensors.items() for c in stored.chunks)
+    for (file, start, length, key), (after, begin, _, other) in itertools.pairwise(places):
+        if file == after and start + length > begin:
+            raise ValueError(f"chunks of {key!r} and {other!r} share bytes of {file!r}")
 
 
 def _text(value: Any) -> str:
@@ -209,14 +169,19 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected a whole number, got {value!r}")
+    # What is no number is not shown: what nests may take for ever to print.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"expected a whole number, got {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"expected a whole number of bytes or elements, got {value}")
     return value
 
 
 def _sizes(size: Record) -> tuple[int, ...]:
     """The numbers of a pickled torch.Size."""
     (values,) = size.arguments
+    if len(values) > DIMS_LIMIT:
+        raise ValueError(f"a shape of {len(values)} dimensions")
     return tuple(_count(value) for value in values)
 
 

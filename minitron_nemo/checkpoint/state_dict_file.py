@@ -18,8 +18,9 @@ from minitron_nemo.checkpoint import common_state
 from minitron_nemo.checkpoint.buffers import memory_of, new_tensor
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import fill_from
-from minitron_nemo.checkpoint.payload import STORAGES, PlainTensor, data_start, read_part
-from minitron_nemo.checkpoint.restricted_metadata import one_line, read_state
+from minitron_nemo.checkpoint.payload import STORAGES, SavedTensor, data_start, read_part
+from minitron_nemo.checkpoint.pickle_machine import run
+from minitron_nemo.checkpoint.restricted_metadata import one_line
 from minitron_nemo.errors import UserError
 
 DESCRIPTION_LIMIT = 64 * 2**20  # bytes; the description of a thousand tensors has some hundred KiB
@@ -82,7 +83,7 @@ class StateDictFile:
                 if box == whole(view.shape):
                     fill(memory_of(out), 0)
                 else:
-                    read_part(fill, PlainTensor(0, dtype, view.shape), box, out)
+                    read_part(fill, SavedTensor.in_order(dtype, view.shape), box, out)
             except EOFError:
                 raise UserError(f"{self.label}: ends before {name} does; the file was cut short") from None
         return out
@@ -99,7 +100,7 @@ class StateDictFile:
         if description.file_size > DESCRIPTION_LIMIT:
             raise ValueError(f"its description has over {DESCRIPTION_LIMIT} bytes")
         file.seek(data_start(file, description))
-        state = read_state(file.read(description.file_size), named=_named, stored=_stored)
+        state = run(file.read(description.file_size), _named, stored=_stored)
         self._views = dict(_flat(state))
         self._starts: dict[str, int] = {}
         for name, view in self._views.items():

@@ -17,7 +17,7 @@ from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import fill_from
-from minitron_nemo.checkpoint.payload import PlainTensor, read_part
+from minitron_nemo.checkpoint.payload import SavedTensor, read_part
 from minitron_nemo.errors import UserError
 
 DESCRIPTION = ".zarray"
@@ -80,11 +80,11 @@ class ZarrTensors:
                 fill_from(file, target, found.start + position)
 
             try:
-                read_part(fill, PlainTensor(0, array.dtype, chunk), Box(offset, shared.size), out)
+                read_part(fill, SavedTensor.in_order(array.dtype, chunk), Box(offset, shared.size), out)
             except EOFError:
                 raise UserError(f"{self.folder / name}: ends before its chunk does; the file was cut short") from None
 
-    def _array(self, key: str) -> tuple[PlainTensor, tuple[int, ...], str]:
+    def _array(self, key: str) -> tuple[SavedTensor, tuple[int, ...], str]:
         """(dtype and shape, shape of a chunk, separator in names of chunks) of an array, every chunk being there."""
         source = self.folder / key / DESCRIPTION
         values = read_json_in(self._contents, f"{key}/{DESCRIPTION}")
@@ -111,7 +111,7 @@ class ZarrTensors:
             name = f"{key}/{separator.join(map(str, index))}"
             if name not in self._names:
                 raise UserError(f"{self.folder / name}: the chunk is missing; the array was not saved whole")
-        return PlainTensor(0, dtype, shape), chunk, separator
+        return SavedTensor.in_order(dtype, shape), chunk, separator
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:

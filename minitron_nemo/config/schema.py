@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from minitron_nemo.config.blocks import ScoreBlocksConfig
 from minitron_nemo.config.convert import ConvertConfig
+from minitron_nemo.config.export import ExportHfConfig
 from minitron_nemo.config.hidden_states import HiddenStatesConfig
 from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
 from minitron_nemo.config.parallel import MAX_RANKS, ParallelConfig
@@ -352,14 +353,6 @@ class EvaluateConfig:
     num_samples: int = count(256, "held out; a multiple of micro-batch x data-parallel ranks", unit="samples")
     micro_batch_size: int = count(1, "in a forward pass", unit="samples", how_it_runs=True)
     chunk_tokens: int = count(1024, "whose logits exist at a time", unit="tokens", how_it_runs=True)
-
-
-@dataclass
-class ExportHfConfig:
-    """A folder that `transformers` opens."""
-
-    checkpoint: str | None = path("model to export", place="student.nemo")
-    output: str | None = path("Hugging Face folder", place="{checkpoint}_hf")
 
 
 @dataclass

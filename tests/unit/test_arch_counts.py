@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minitron_nemo.checkpoint.formats.hf import arch_from_hf
 from minitron_nemo.config.compose import compose
-from minitron_nemo.shape.arch import ModelArch, billions
+from minitron_nemo.shape.arch import FAMILIES, ModelArch, billions
 from minitron_nemo.shape.published import PUBLISHED, SIZES, published_as
 
 TOKENS = 16
 
 
-@pytest.fixture(scope="module", params=[("llama", False), ("mistral", True), ("nemotron", False)], ids=str)
+@pytest.fixture(scope="module", params=[(name, name == "mistral") for name in FAMILIES], ids=str)
 def shape_and_model(request, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 

@@ -23,12 +23,14 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.strict_yaml import parse_yaml
+from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.torch_dist import weights_file
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
 from minitron_nemo.distributed.layout import Layout
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
 
 KIND = "model"
@@ -41,7 +43,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "hf_config.json",
+    "hf_config.json", UPSTREAM_FILE,
 )  # fmt: skip
 
 
@@ -164,14 +166,14 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
 def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
     path = contents.path / CONFIG_FILE
     try:
-        values = yaml.safe_load(read_small(contents, CONFIG_FILE).decode())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        values = parse_yaml(read_small(contents, CONFIG_FILE))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
     precision = values.pop("precision", None)
     if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise UserError(f"{path}: precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+        raise UserError(f"{path}: precision={shown(precision)}: allowed are {', '.join(PRECISIONS)}")
     return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
 
 
@@ -185,7 +187,7 @@ def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokeni
 
 
 def copy_tokenizer(source: Place, target: str | Path) -> None:
-    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model."""
+    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model, and its licence."""
     if isinstance(source, str | Path) and not os.path.exists(source):
         raise UserError(f"{source}: no such tokenizer folder; give one with tokenizer.json, or a .nemo folder")
     files = contents_of(source)
@@ -194,6 +196,9 @@ def copy_tokenizer(source: Place, target: str | Path) -> None:
     for name in TOKENIZER_FILES:
         if has(files, name):
             (Path(target) / name).write_bytes(read_small(files, name))
+    for name in LICENCE_FILES:
+        if has(files, name):
+            (Path(target) / name).write_bytes(read_small(files, name, limit=LICENCE_LIMIT))
 
 
 def model_facts(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
