@@ -17,8 +17,8 @@ class Licence:
     """One licence by its name on the hub.
 
     `notice` is the sentence that it wants in a file called NOTICE, `shown` what the page of a derived model must show,
-    `prefix` how its name must begin (a space may stand for the dash), `limits` what else a reader must know at once. `is_other`: the hub lists it as
-    `other`, with its name beside it.
+    `prefix` how its name must begin (a space may stand for the dash), `limits` what else a reader must know at once.
+    `is_other`: the hub lists it as `other`, with its name beside it.
     """
 
     title: str

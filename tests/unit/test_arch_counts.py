@@ -46,12 +46,17 @@ def test_compute_is_that_of_the_products_of_which_causal_attention_needs_half(sh
 
 
 # layers, hidden, ffn, heads, groups, channels, vocabulary: parameters and those without embeddings, in billions, as
-# they are printed for the model (arXiv 2407.14679, 2408.11796; an error of the second's table 1 left out).
+# they are printed for the model (arXiv 2407.14679, 2408.11796, an error of the second's table 1 left out; the models'
+# pages on the hub, Llama-3.2's without embeddings from its sizes).
 PRINTED = {
     "llama31_8b": ("8.03", "6.98"),
     "mistral_nemo_12b": ("12.248", "10.906"),
     "nemotron4_15b": ("15.63", "12.48"),
     "minitron_8b": ("8.272", "6.175"),
+    "qwen25_7b": ("7.6", "6.5"),
+    "qwen3_8b": ("8.2", "6.95"),
+    "llama32_3b": ("3.21", "2.82"),
+    "llama32_1b": ("1.24", "0.97"),
 }
 
 
