@@ -38,6 +38,7 @@ CLASSES = {
     "mistral": ("mistral.MistralModel", "mistral.MistralConfig7B"),
     "nemotron": ("nemotron.NemotronModel", "nemotron.NemotronConfig"),
     "qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"),
+    "qwen3": ("qwen3.Qwen3Model", "qwen3.Qwen3Config"),
 }
 SCALED_LLAMA = "llama.Llama31Config"
 FUNCTIONS = {
@@ -130,8 +131,8 @@ def model_of(arch: ModelArch, *, dtype: torch.dtype) -> dict[str, Any]:
         **scaling,
         "window_size": None,
         "add_bias_linear": False,
-        "add_qkv_bias": getattr(arch, "add_qkv_bias", False),
-        "qk_layernorm": getattr(arch, "qk_layernorm", False),
+        "add_qkv_bias": arch.add_qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
         "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
