@@ -1,27 +1,38 @@
 """Megatron-Core's own `dist_checkpointing.load` opens what we write, at its default strictness and in any layout."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from minitron_nemo.artefacts.contents import contents_of
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats import megatron
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
+from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.testing import ALONE, LAYOUTS, TINY, random_nemo, run_layout
 
 
-def loaded_by_megatron(groups, paths):
-    """For each model the parameters that differ from those that our own loader fills, on any rank."""
+def loaded_by_megatron(groups, folders):
+    """For each (model, folder of torch_dist) the parameters that differ from those that our own loader fills."""
     from megatron.core import dist_checkpointing
 
     from minitron_nemo.engine.model import BuildOptions, build_model
     from minitron_nemo.engine.weights import load_weights
 
     found = []
-    for path in paths:
+    for path, folder in folders:
         source = open_nemo(path)
         ours, theirs = (build_model(source.arch, BuildOptions(groups=groups)) for _ in range(2))
         load_weights(ours, source.weights, groups)
         (gpt,) = theirs.gpts()
-        gpt.load_state_dict(dist_checkpointing.load(gpt.sharded_state_dict(), str(path / "model_weights")))
+        loaded = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(folder))
+        gpt.load_state_dict(loaded["model"])
         differ = []
+        if folder.name.startswith("iter_") and loaded["args"].num_layers != source.arch.num_layers:
+            differ.append("args")
         for (name, want), got in zip(ours.gpts()[0].named_parameters(), gpt.parameters(), strict=True):
             rows = want.shape[0]
             if name.startswith(("embedding", "output_layer")):  # padding is whatever was there
@@ -34,6 +45,15 @@ def loaded_by_megatron(groups, paths):
 
 @pytest.mark.parametrize("layout", ["alone", "tp2", "pp2"])
 def test_megatron_loads_every_parameter_of_ours(layout, tmp_path):
-    paths = [random_nemo(tmp_path / f"{family}.nemo", arch).path for family, arch in TINY.items()]
-    for on_rank in run_layout(loaded_by_megatron, {"alone": ALONE, **LAYOUTS}[layout], paths):
-        assert on_rank == [[]] * len(paths)
+    """Out of our own folders, and out of runs written for it in the files of four ranks."""
+    folders = []
+    for family, arch in TINY.items():
+        arch = dataclasses.replace(arch, rope_scaling=None)
+        model = random_nemo(tmp_path / f"{family}.nemo", arch)
+        run = tmp_path / f"{family}_run"
+        checkpoint = Checkpoint(model.path, "nemo", arch, model.dtype, model.weights)
+        megatron.write(run, checkpoint, stream(model.weights), origin=Origin("run"), layout=Layout(tp=2, pp=2))
+        assert megatron.open_checkpoint(contents_of(run)).arch == arch
+        folders += [(model.path, model.path / "model_weights"), (model.path, run / "iter_0000001")]
+    for on_rank in run_layout(loaded_by_megatron, {"alone": ALONE, **LAYOUTS}[layout], folders):
+        assert on_rank == [[]] * len(folders)
