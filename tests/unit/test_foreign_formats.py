@@ -24,6 +24,7 @@ from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.restricted_metadata import read_metadata
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.checkpoint.state_dict_file import StateDictFile
+from minitron_nemo.checkpoint.zarr_folder import ZarrTensors
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.pruning.plain_forward import PlainModel
@@ -336,6 +337,21 @@ def test_bad_zarr_is_refused_by_name(tmp_path, case):
         message = "1.0.0: the chunk has 4 bytes, not 15360"
     with pytest.raises(UserError, match=re.escape(message)):
         opened(nemo1, tmp_path / "x")
+
+
+def test_a_chunk_at_the_border_of_a_zarr_array_is_stored_whole(tmp_path):
+    """As the specification has it: what lies beyond the array is in its file and not in the array."""
+    described = {"zarr_format": 2, "shape": [3, 3], "chunks": [2, 2], "dtype": "<f4", "order": "C", "compressor": None}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".zarray").write_text(json.dumps({**described, "filters": None, "fill_value": None}))
+    padded = torch.arange(16.0).view(4, 4)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        chunk = padded[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        (tmp_path / "x" / f"{row}.{column}").write_bytes(chunk.contiguous().numpy().tobytes())
+    array = ZarrTensors(contents_of(tmp_path))
+    array.check_whole(array.keys())
+    assert torch.equal(array.read("x"), padded[:3, :3])
+    assert torch.equal(array.read("x", Box((1, 1), (2, 1))), padded[1:3, 1:2])
 
 
 # Fields that ask for what is not supported: each is named as its source spells it.
