@@ -300,10 +300,10 @@ def nemo2(folder, source, *, name="llama.LlamaModel", **fields):
     """NeMo 2.2, `lightning/io/mixin.py` (`io_dump`) and `ckpt_utils.py`: `weights/` and `context/`."""
     torch_dist(folder / "weights", stacked(source, prefix="module.", vocabulary=8), common={"global_step": 9})
     context = folder / "context"
-    (context / "nemo_tokenizer").mkdir(parents=True)
+    (context / "llama-tokenizer").mkdir(parents=True)
     config = transformer_config(source.arch, "nemo.collections.llm.gpt.model.llama.Llama31Config", **fields)
     model = {"_target_": f"nemo.collections.llm.gpt.model.{name}", "config": config, "optim": None,
-             "tokenizer": {"_target_": "AutoTokenizer", "pretrained_model_name": "nemo_tokenizer"}}  # fmt: skip
+             "tokenizer": {"_target_": "AutoTokenizer", "pretrained_model_name": "llama-tokenizer"}}  # fmt: skip
     (context / "model.yaml").write_text(yaml.safe_dump(model))
     (context / "io.json").write_text('{"root": {"type": "ref", "key": "trainer_context_1"}}')
     (context / "4f0c").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")  # a pickled artefact: never opened

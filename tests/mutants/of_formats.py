@@ -85,6 +85,20 @@ FAULTS = [
         tests=f"{TEST} -k 'archives_of_nemo_1 and llama'",
     ),
     Fault(
+        f"{FORMATS}/nemo2.py",
+        "a tokenizer is looked for under one name only",
+        find="names = [name for name in (said, TOKENIZER)",
+        replace="names = [name for name in (TOKENIZER,)",
+        tests=f"{TEST} -k 'folders_of_nemo_2 and llama'",
+    ),
+    Fault(
+        f"{FORMATS}/nemo2_graph.py",
+        "the graph names no arguments",
+        find='self._put("tuple", _container("tuple", list(value.arguments)))',
+        replace='self._put("tuple", _container("tuple", []))',
+        tests=f"{TEST} -k graph_that_nemo_2",
+    ),
+    Fault(
         f"{FORMATS}/nemo1_config.py",
         "any size of a tokenizer is believed",
         find="return words if rows in",

@@ -129,7 +129,7 @@ def test_folders_of_nemo_2_are_read(tmp_path, model):
     source = InMemory(MODELS[model])
     family = {"tied": "llama"}.get(model, model)
     foreign.nemo2(tmp_path / "nemo2", source, name=f"{family}.{family.title()}Model")
-    (tmp_path / "nemo2/context/nemo_tokenizer/tokenizer.json").write_text("{}")
+    (tmp_path / "nemo2/context/llama-tokenizer/tokenizer.json").write_text("{}")
     found = opened(nemo2, tmp_path / "nemo2")
     assert_same(found, source)
     assert found.tokenizer.names() == ["tokenizer.json"]
@@ -352,6 +352,39 @@ def test_a_chunk_at_the_border_of_a_zarr_array_is_stored_whole(tmp_path):
     array.check_whole(array.keys())
     assert torch.equal(array.read("x"), padded[:3, :3])
     assert torch.equal(array.read("x", Box((1, 1), (2, 1))), padded[1:3, 1:2])
+
+
+def built(graph, value):
+    """The calls of a graph as nested dicts: what Fiddle would build of it, by the names of what is called."""
+    if value["type"] == "leaf":
+        return value["value"]
+    if value["type"] == "pyref":
+        return f"{value['module']}.{value['name']}"
+    config = graph["objects"][value["key"]]
+    traversed, arguments = (
+        {name.split("'")[1]: each for name, each in described["items"]}
+        for described in (graph["objects"][config["metadata"]["key"]], config)
+    )
+    names = [name for _, name in graph["objects"][traversed["argument_names"]["key"]]["items"]]
+    assert names == list(arguments)
+    return {"_target_": built(graph, traversed["fn_or_cls"]), **{k: built(graph, v) for k, v in arguments.items()}}
+
+
+def test_the_graph_that_nemo_2_builds_is_what_its_yaml_says(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    source = InMemory(LLAMA)
+    given = Checkpoint(tmp_path, "memory", LLAMA, torch.float32, source, contents_of(tmp_path / "in"))
+    nemo2.write(tmp_path / "out", given, stream(source), origin=Origin("x"))
+    described = yaml.safe_load((tmp_path / "out/context/model.yaml").read_text())
+    graph = json.loads((tmp_path / "out/context/io.json").read_text())
+    model = built(graph, graph["root"])["model"]
+    assert model["config"].pop("activation_func") == described["config"].pop("activation_func")["_target_"]
+    assert described["config"].pop("minitron_family") == "llama"
+    assert model == described
+    assert model["config"]["old_context_len"] == 32
+    text = json.dumps([graph["root"], graph["objects"]])
+    assert graph["refcounts"] == {key: text.count(f'"key": "{key}"') for key in graph["objects"]}
 
 
 # Fields that ask for what is not supported: each is named as its source spells it.
