@@ -8,7 +8,7 @@ import torch
 
 from minitron_nemo.artefacts.contents import contents_of
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.checkpoint.formats import megatron
+from minitron_nemo.checkpoint.formats import megatron, nemo2
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.nemo import open_nemo
 from minitron_nemo.checkpoint.source import stream
@@ -29,8 +29,9 @@ def loaded_by_megatron(groups, folders):
         ours, theirs = (build_model(source.arch, BuildOptions(groups=groups)) for _ in range(2))
         load_weights(ours, source.weights, groups)
         (gpt,) = theirs.gpts()
-        loaded = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(folder))
-        gpt.load_state_dict(loaded["model"])
+        prefix = nemo2.PREFIX if folder.name == nemo2.WEIGHTS else ""
+        loaded = dist_checkpointing.load({"model": gpt.sharded_state_dict(prefix=prefix)}, str(folder))
+        gpt.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in loaded["model"].items()})
         differ = []
         if folder.name.startswith("iter_") and loaded["args"].num_layers != source.arch.num_layers:
             differ.append("args")
@@ -46,7 +47,7 @@ def loaded_by_megatron(groups, folders):
 
 @pytest.mark.parametrize("layout", ["alone", "tp2", "pp2"])
 def test_megatron_loads_every_parameter_of_ours(layout, tmp_path):
-    """Out of our own folders, and out of runs written for it in four files, from 0.19 on in the form of its own."""
+    """Out of our own folders, of NeMo 2's, and of runs written for it in four files, from 0.19 on in its own form."""
     keeps_objects = tuple(map(int, version("megatron-core").split(".")[:2])) >= (0, 19)
     folders = []
     for family, arch in TINY.items():
@@ -58,5 +59,8 @@ def test_megatron_loads_every_parameter_of_ours(layout, tmp_path):
                        common_is_object=keeps_objects)  # fmt: skip
         assert megatron.open_checkpoint(contents_of(run)).arch == arch
         folders += [(model.path, model.path / "model_weights"), (model.path, run / "iter_0000001")]
+        if family == "llama":
+            nemo2.write(tmp_path / "nemo2", checkpoint, stream(model.weights), origin=Origin("nemo2"))
+            folders.append((model.path, tmp_path / "nemo2" / nemo2.WEIGHTS))
     for on_rank in run_layout(loaded_by_megatron, {"alone": ALONE, **LAYOUTS}[layout], folders):
         assert on_rank == [[]] * len(folders)
