@@ -6,14 +6,20 @@ import os
 import pickle
 from pathlib import Path
 
+import foreign_layouts as foreign
 import pytest
 import torch
 import torch.distributed as dist
+from in_memory import InMemory
 from torch.overrides import TorchFunctionMode
 
+from minitron_nemo.artefacts.contents import contents_of
+from minitron_nemo.checkpoint.formats.megatron import open_checkpoint
 from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, with_own_storage, write_metadata
 from minitron_nemo.errors import UserError
+from minitron_nemo.testing import TINY
 
 
 def numbered(*shape, dtype=torch.float32):
@@ -294,6 +300,24 @@ def test_what_megatron_saves_we_read(tmp_path, megatron):
     assert sorted(reader.keys()) == ["layers.weight", "table"]
     assert torch.equal(reader.read("layers.weight"), stack)
     assert torch.equal(reader.read("table"), numbered(5, 6))
+
+
+def test_a_run_that_megatron_saves_we_read(tmp_path, megatron):
+    """With its arguments, in `common.pt` or among the tensors, as the release of Megatron-Core does it."""
+    source = InMemory(TINY["mistral"], torch.bfloat16)
+    make, state = megatron.ShardedTensor.from_rank_offsets, {}
+    for key, tensor in foreign.stacked(source, vocabulary=8).items():
+        is_layers = key.startswith(foreign.LAYER)
+        state |= sharded(megatron, key, list(tensor.clone())) if is_layers else {key: make(key, tensor.clone())}
+    common = {"args": foreign.megatron_args(source.arch), "iteration": 3, "checkpoint_version": 3.0}
+    (tmp_path / "iter_0000003").mkdir()
+    with foreign.common_classes():
+        megatron.save({"model": state, **common}, str(tmp_path / "iter_0000003"))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    found = open_checkpoint(contents_of(tmp_path))
+    assert (found.arch.vocab_size, found.dtype, found.notes[-1]) == (131, torch.bfloat16, "iteration 3")
+    for name, tensor in stream(found.weights):
+        assert torch.equal(tensor, source.read(name)), name
 
 
 def test_what_we_write_megatron_loads_in_another_layout(folder, megatron):
