@@ -1,0 +1,17 @@
+"""NeMo restores, holds, calls and saves our models; the claims themselves are in `nemo_checks.py`."""
+
+import pytest
+from nemo_checks import CHECKS, check_all
+
+from minitron_nemo.distributed.launch import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Claim -> what is wrong with it. One process for all, as NeMo takes ten seconds to import."""
+    return run_on_ranks(check_all, tmp_path_factory.mktemp("nemo"), num_ranks=1)
+
+
+@pytest.mark.parametrize("claim", CHECKS)
+def test_nemo_and_these_recipes_agree(claim, found):
+    assert not found[claim], found[claim]
