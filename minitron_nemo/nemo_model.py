@@ -21,13 +21,14 @@ from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, contents_of, has, read_small
 from minitron_nemo.artefacts.lineage import ancestors
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, manifest_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file
-from minitron_nemo.checkpoint.formats import nemo_state_dict
-from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
-from minitron_nemo.checkpoint.formats.nemo import KIND, NemoFolder, config_values, open_nemo, write_nemo
-from minitron_nemo.checkpoint.formats.nemo_state_dict import ARTIFACT, MODEL, TOKENIZER_KEYS, shape_of_config
+from minitron_nemo.checkpoint.formats.known import open_checkpoint
+from minitron_nemo.checkpoint.formats.nemo import KIND, config_values, write_nemo
+from minitron_nemo.checkpoint.formats.nemo_state_dict import TOKENIZER_KEYS, shape_of_config
 from minitron_nemo.checkpoint.random_init import RandomWeights
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.distributed.ranks import is_main_process
 from minitron_nemo.engine.alone import groups_alone, logical_names, logits, next_logits
@@ -38,14 +39,17 @@ from minitron_nemo.evaluation.generation import check_generation, continued
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import logical_tensors
 
+MODEL = "model."  # what the names of a state dict begin with: the attribute that holds the module
+ARTIFACT = "nemo:"  # what NeMo puts before the name of a file that came with a .nemo
 EXTRA_STATE = "_extra_state"  # what Transformer Engine keeps beside weights, of FP8; never saved here
 
 
 class MinitronConnector(SaveRestoreConnector):
     """How NeMo reads and writes a `MinitronGPT`: a .nemo of these recipes, weights in shards, in a folder or one tar.
 
-    It also reads what NeMo's own connector writes of such a model. `pack_nemo_file` says, as in NeMo, whether one tar
-    is written (the default) or a folder; with `overwrite` it takes the place of an artefact that is there.
+    It reads a checkpoint of any known format, so also what NeMo's own connector writes. `pack_nemo_file` says, as in
+    NeMo, whether one tar is written (the default) or a folder; with `overwrite` it takes the place of an artefact that
+    is there.
     """
 
     def __init__(self, *, overwrite: bool = False) -> None:
@@ -64,13 +68,13 @@ class MinitronConnector(SaveRestoreConnector):
         trainer: Any = None,
         validate_access_integrity: bool = True,
     ) -> "MinitronGPT | DictConfig":
-        """The model at a path, or its config alone; with `validate_access_integrity` every hash is checked first.
+        """The model at a path, or its config alone; with `validate_access_integrity` every hash there is is checked.
 
         An overriding config may ask for another precision of the same shape. Weights are always read strictly.
         Raises UserError in one line for anything that is not such a model.
         """
         contents = contents_of(self.model_extracted_dir or restore_path)
-        opened = _open(contents, verify=validate_access_integrity and not return_config)
+        opened = open_checkpoint(contents, hashes=validate_access_integrity and not return_config)
         dtype = opened.dtype
         if override_config_path is not None:
             dtype = _overriding_dtype(override_config_path, opened.arch)
@@ -83,8 +87,9 @@ class MinitronConnector(SaveRestoreConnector):
                 config.tokenizer = artifacts
             instance = calling_cls(cfg=config, trainer=trainer)
         load_weights(instance.model, opened.weights, groups_alone())
-        if isinstance(opened, NemoFolder):
-            instance.parents, instance.lineage = {KIND: opened.sha256}, ancestors({KIND: contents.path})
+        opened.weights.verify()
+        if has(contents, MANIFEST_FILE):
+            instance.parents, instance.lineage = {KIND: manifest_sha256(contents)}, ancestors({KIND: contents.path})
         return instance
 
     def save_to(self, model: Any, save_path: str) -> None:
@@ -121,8 +126,7 @@ class MinitronConnector(SaveRestoreConnector):
         file = Path(save_dir) / name
         if file.exists():
             raise UserError(f"{file} exists already; move it, or give another folder")
-        weights = _open(contents_of(restore_path), verify=True).weights
-        state = {prefix + name: weights.read(name) for name in weights.names()}
+        state = {prefix + name: tensor for name, tensor in stream(open_checkpoint(restore_path).weights)}
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, file)
         return state
@@ -309,13 +313,6 @@ class MinitronGPT(ModelPT):
 def _check_there(path: str) -> None:
     if not Path(path).expanduser().exists():
         raise UserError(f"{path} is not a .nemo model: no such file or folder")
-
-
-def _open(contents: Contents, *, verify: bool) -> NemoFolder | Checkpoint:
-    """A .nemo of these recipes, or one of NeMo's own connector."""
-    if nemo_state_dict.recognise(contents):
-        return nemo_state_dict.open_checkpoint(contents)
-    return open_nemo(contents, verify=verify)
 
 
 def _overriding_dtype(config: str | DictConfig, arch: ModelArch) -> torch.dtype:

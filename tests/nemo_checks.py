@@ -13,10 +13,10 @@ import torch
 from hf_models import save_tiny_hf
 from layouts import assert_same_weights
 
-from minitron_nemo.artefacts.contents import contents_of
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats import nemo_state_dict
 from minitron_nemo.checkpoint.formats.hf import export_hf, import_hf, open_hf
+from minitron_nemo.checkpoint.formats.known import open_checkpoint
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.errors import UserError
@@ -74,12 +74,13 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def logits_of_a_restored_model_are_those_of_transformers(world):
     from minitron_nemo import MinitronGPT
 
-    for path, name in ((world.model, "model"), (world.packed, "model"), (world.tied, "tied")):
+    paths = ((world.model, "model"), (world.packed, "model"), (world.hf, "model"), (world.tied, "tied"))
+    for path, name in paths:
         model = MinitronGPT.restore_from(str(path))
         with torch.no_grad():
             same(model(TOKENS), world.logits[name])
         assert world.logits[name].std() > 0.05, "logits that are all alike would prove nothing"
-        assert model.cfg.hidden_size == open_nemo(path).arch.hidden_size
+        assert (model.cfg.hidden_size, model.cfg.precision) == (32, "fp32")
 
 
 def greedy_tokens_are_those_of_transformers(world):
@@ -113,8 +114,9 @@ def text_goes_in_and_out_by_its_tokenizer(world):
     from minitron_nemo import MinitronGPT
 
     model = MinitronGPT.restore_from(str(world.packed))
-    assert set(model.cfg.tokenizer) == {"tokenizer_json", "tokenizer_config_json", "special_tokens_map_json",
-                                        "generation_config_json", "hf_config_json"}  # fmt: skip
+    names = open_nemo(world.packed).tokenizer.names()
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(names)
+    assert set(model.cfg.tokenizer) == {name.replace(".", "_") for name in names}
     assert all(Path(file).is_file() for file in model.cfg.tokenizer.values())
     assert set(model.artifacts) == {f"tokenizer.{key}" for key in model.cfg.tokenizer}
     ids = torch.tensor([model.tokenizer.encode("w5 w6 w7")])
@@ -193,9 +195,10 @@ def what_nemos_connector_writes_is_read(world):
                 assert torch.equal(again(TOKENS), model(TOKENS))
             assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
             assert not again._is_model_being_restored()
-        opened = nemo_state_dict.open_checkpoint(contents_of(theirs))
+        opened = open_checkpoint(theirs)
+        assert opened.format == nemo_state_dict.NAME
         assert_same_weights(opened, open_nemo(path))
-        assert opened.notes == ("written by NeMo 3.0.0",)
+        assert opened.notes == ("NeMo 3.0.0",)
         assert opened.tokenizer.names() == open_nemo(path).tokenizer.names()
 
 
@@ -265,7 +268,7 @@ def bad_input_is_refused_in_one_line(world):
     config = dict(restore(str(world.model), return_config=True))
     cases = {
         "no such file or folder": lambda: restore("/nowhere.nemo"),
-        "is not a .nemo model folder: no model_config.yaml": lambda: restore(str(world.hf)),
+        "no checkpoint of a known format": lambda: restore(str(world.model / "tokenizer")),
         "this process runs models on cpu": lambda: restore(str(world.model), map_location="cuda"),
         "give a device": lambda: restore(str(world.model), map_location={"cpu": "cuda"}),
         "unknown field 'train_ds'": lambda: MinitronGPT(OmegaConf.create({**config, "train_ds": {}})),
@@ -291,7 +294,7 @@ def bad_input_is_refused_in_one_line(world):
     assert not model._is_model_being_restored()
 
 
-def damage_is_noticed_before_a_model_is_built(world):
+def damage_is_noticed(world):
     from minitron_nemo import MinitronGPT
 
     data = bytearray(world.packed.read_bytes())
@@ -315,7 +318,7 @@ CHECKS = {
         gradients_flow,
         another_precision_may_be_asked_for,
         bad_input_is_refused_in_one_line,
-        damage_is_noticed_before_a_model_is_built,
+        damage_is_noticed,
     )
 }
 
