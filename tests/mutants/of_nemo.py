@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         MODEL,
         "a saved model does not say what it comes from",
-        find="instance.parents, instance.lineage = {KIND: opened.sha256}, ancestors({KIND: contents.path})",
+        find="instance.parents, instance.lineage = {KIND: manifest_sha256(contents)}, ancestors({KIND: contents.path})",
         replace="pass",
         tests=f"{TEST} -k what_is_saved",
     ),
