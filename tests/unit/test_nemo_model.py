@@ -1,7 +1,9 @@
 """NeMo restores, holds, calls and saves our models; the claims themselves are in `nemo_checks.py`."""
 
+import tarfile
+
 import pytest
-from nemo_checks import CHECKS, check_all
+from nemo_checks import CHECKS, EXTRACTING, check_all
 
 from minitron_nemo.distributed.launch import run_on_ranks
 
@@ -14,4 +16,6 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("claim", CHECKS)
 def test_nemo_and_these_recipes_agree(claim, found):
+    if claim in EXTRACTING and not hasattr(tarfile, "data_filter"):
+        pytest.skip("NeMo's own extraction needs Python 3.11.4")
     assert not found[claim], found[claim]
