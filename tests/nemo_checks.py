@@ -294,6 +294,22 @@ def bad_input_is_refused_in_one_line(world):
     assert not model._is_model_being_restored()
 
 
+def megatrons_groups_are_formed_once_and_refused_where_they_split_models(world):
+    from megatron.core import parallel_state
+
+    from minitron_nemo import MinitronGPT
+
+    formed = []
+    for _ in range(2):
+        MinitronGPT.restore_from(str(world.tied))
+        formed.append(parallel_state.get_tensor_model_parallel_group())
+    assert formed[0] is formed[1]
+    with pytest.MonkeyPatch.context() as split:
+        split.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+        said = refusal(lambda: MinitronGPT.restore_from(str(world.tied)))
+    assert "Megatron splits models in this process (tensor 2 parallel)" in said
+
+
 def damage_is_noticed(world):
     from minitron_nemo import MinitronGPT
 
@@ -318,6 +334,7 @@ CHECKS = {
         gradients_flow,
         another_precision_may_be_asked_for,
         bad_input_is_refused_in_one_line,
+        megatrons_groups_are_formed_once_and_refused_where_they_split_models,
         damage_is_noticed,
     )
 }

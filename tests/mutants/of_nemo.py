@@ -26,6 +26,13 @@ FAULTS = [
         tests=f"{TEST} -k greedy",
     ),
     Fault(
+        ALONE,
+        "groups of the program around are taken down",
+        find="if not parallel_state.model_parallel_is_initialized():",
+        replace="if True:",
+        tests=f"{TEST} -k formed_once",
+    ),
+    Fault(
         MODEL,
         "a damaged file is restored",
         find="        opened.weights.verify()\n",

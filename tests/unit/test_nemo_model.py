@@ -10,7 +10,7 @@ from minitron_nemo.distributed.launch import run_on_ranks
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Claim -> what is wrong with it. One process for all, as NeMo takes ten seconds to import."""
+    """Claim -> what is wrong with it. One process for all, as NeMo takes seconds to import."""
     return run_on_ranks(check_all, tmp_path_factory.mktemp("nemo"), num_ranks=1)
 
 
