@@ -14,7 +14,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.contents import Contents, Place, TarContents, contents_of, has
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, read_manifest, verify_files
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.checkpoint.formats import hf, megatron, nemo, nemo1, nemo2
+from minitron_nemo.checkpoint.formats import hf, megatron, nemo, nemo1, nemo2, nemo_state_dict
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
@@ -59,6 +59,8 @@ FORMATS = {row.name: row for row in (
            nemo.open_checkpoint, nemo.KIND, nemo.write, splits=True),
     Format(nemo.TAR_NAME, "the same in one uncompressed tar", lambda c: _is_tar(c) and nemo.recognise(c),
            nemo.open_checkpoint, nemo.KIND, partial(nemo.write, packed=True)),
+    Format(nemo_state_dict.NAME, "model_weights.ckpt beside the config of a MinitronGPT", nemo_state_dict.recognise,
+           nemo_state_dict.open_checkpoint),
     Format(hf.KIND, "config.json beside *.safetensors", hf.recognise, hf.open_checkpoint, hf.KIND, hf.write),
     Format(nemo1.NAME, "model_config.yaml of NeMo 1, in a folder or a tar", nemo1.recognise, nemo1.open_checkpoint,
            nemo1.NAME, nemo1.write, splits=True),
