@@ -43,7 +43,7 @@ FAULTS = [
     ),
     Fault(
         "minitron_nemo/engine/model.py",
-        "each rank keeps its own part of the gradients of the norms of queries and keys",
+        "norms of queries and keys are left out where tensor parallelism splits the heads",
         find="qk_layernorm=arch.qk_layernorm,",
         replace="qk_layernorm=arch.qk_layernorm and options.groups.layout.tp == 1,",
         tests="tests/distributed/test_training_layouts.py -k 'gradient and tp2' -x",
@@ -84,10 +84,10 @@ FAULTS = [
         tests=TEST_CONFIG,
     ),
     Fault(
-        HF_CONFIG,
+        FAMILIES,
         "a shape is written as a family that cannot have it",
-        find="if (what := family.misfit(arch)) is not None:",
-        replace="if (what := family.misfit(arch)) is None:",
+        find="if (found := getattr(arch, name)) != value:",
+        replace="if (found := getattr(arch, name)) is None:",
         tests=TEST_CONFIG,
     ),
     Fault(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily
+from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily, family_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
@@ -146,9 +146,7 @@ def config_from_arch(arch: ModelArch, *, dtype: torch.dtype, base: dict[str, Any
 
     Raises UserError for a shape that no model of its family has.
     """
-    family = HF_FAMILIES[arch.family]
-    if (what := family.misfit(arch)) is not None:
-        raise UserError(f"{what}: no {family.architecture} has that; give the model the family that does, or leave it")
+    family = family_of(arch)
     base = dict(base) if base and base.get("model_type") == arch.family else {}
     is_nested = "rope_parameters" in base
     base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS, *OF_THE_SOURCE)}
