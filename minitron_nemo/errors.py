@@ -18,3 +18,9 @@ class StoppedError(Exception):
 
 class RankError(RuntimeError):
     """A rank stopped with a defect; its traceback is already on standard error."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: ASCII, and not more than 60 characters of it."""
+    text = ascii(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "artefacts": "errors progress",
     "distributed": "errors shape",
     "config": "errors shape artefacts distributed",
-    "checkpoint": "errors shape artefacts",
+    "checkpoint": "errors shape artefacts distributed",
     "importance": "errors shape artefacts distributed",
     "data": "errors progress artefacts config",
     "engine": "losses shape distributed config checkpoint",

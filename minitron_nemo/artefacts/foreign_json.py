@@ -1,10 +1,10 @@
 """JSON files that somebody else made."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artefacts.contents import Contents, FolderContents, read_small
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 
 
@@ -17,8 +17,8 @@ def read_json_in(contents: Contents, name: str) -> dict[str, Any]:
     """The object in a file of a folder or a tar; UserError when it is missing, too large, or holds anything else."""
     path = contents.path / name
     try:
-        values = json.loads(read_small(contents, name).decode())
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(read_small(contents, name))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -20,6 +20,7 @@ from typing import Any
 from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.stretch import Stretch
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
 
@@ -107,7 +108,7 @@ def read_manifest(artefact: Place, *, kind: str | None) -> Manifest:
         what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
-        values = json.loads(read_small(contents, MANIFEST_FILE).decode())
+        values = parse_json(read_small(contents, MANIFEST_FILE))
         manifest = Manifest(**values)
         _check_fields(manifest)
     except (OSError, ValueError, TypeError, RecursionError) as error:

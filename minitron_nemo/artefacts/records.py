@@ -7,13 +7,14 @@ from typing import Any
 
 from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 
 
 def read_record(path: str | Path, *, kind: str) -> dict[str, Any]:
     """The record at `path`; UserError when it is not a record of this kind."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable {kind} record: {error}") from None
     if not isinstance(values, dict) or values.get("kind") != kind:

@@ -1,10 +1,13 @@
 """Boxes of tensors: where a chunk lies in its global tensor, what two of them share, whether all of them cover it."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+PAIRS_LIMIT = 1000  # boxes that are compared each with each
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,36 @@ class StoredTensor:
 
 def coverage_fault(stored: StoredTensor) -> str | None:
     """What is wrong with the chunks of a tensor, None when they cover it exactly: no gap, no overlap."""
-    chunks = sorted((c for c in stored.chunks if math.prod(c.size)), key=lambda chunk: chunk.offset)
-    for index, chunk in enumerate(chunks):
+    chunks = [chunk for chunk in stored.chunks if math.prod(chunk.size)]
+    for chunk in chunks:
         if any(end > full for end, full in zip(chunk.end, stored.shape, strict=True)):
             return f"the chunk at {chunk.offset} of size {chunk.size} leaves the shape {stored.shape}"
-        for other in chunks[index + 1 :]:
-            if stored.shape and other.offset[0] >= chunk.end[0]:
-                break
-            if chunk.shared_with(other) is not None:
-                return f"the chunks at {chunk.offset} and {other.offset} overlap"
+    for group in _overlapping(chunks, dim=0):
+        if len(group) > PAIRS_LIMIT:
+            return f"{len(group)} of its chunks lie across each other; no layout makes such"
+        for one, other in itertools.combinations(group, 2):
+            if one.shared_with(other) is not None:
+                return f"the chunks at {one.offset} and {other.offset} overlap"
     covered, full = sum(math.prod(chunk.size) for chunk in chunks), math.prod(stored.shape)
     return None if covered == full else f"its chunks hold {covered} of {full} elements"
+
+
+def _overlapping(boxes: Sequence[Box], *, dim: int) -> Iterator[Sequence[Box]]:
+    """Groups of boxes outside of which nothing is shared; the boxes are alike before `dim`.
+
+    Layouts make grids, where few are left to compare: those that begin and end alike along one dimension are told apart
+    by the next one.
+    """
+    if len(boxes) < 2 or dim == len(boxes[0].size):
+        yield boxes
+        return
+    ordered = sorted(boxes, key=lambda box: box.offset[dim])
+    begin, reach = 0, ordered[0].end[dim]
+    for index, box in enumerate([*ordered, None]):
+        if box is not None and box.offset[dim] < reach:
+            reach = max(reach, box.end[dim])
+            continue
+        group = ordered[begin:index]
+        is_alike = len({(other.offset[dim], other.size[dim]) for other in group}) == 1
+        yield from _overlapping(group, dim=dim + 1) if is_alike else [group]
+        begin, reach = index, 0 if box is None else box.end[dim]

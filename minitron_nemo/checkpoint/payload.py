@@ -2,7 +2,7 @@
 
 A payload is a zip: `NAME/data.pkl` describes the tensor, `NAME/data/0` holds its elements, uncompressed and in one run.
 The description is walked opcode by opcode for the one form that `torch.save` gives a plain tensor; nothing is
-unpickled. Every other form is for `torch.load` to judge.
+unpickled, and every other form is refused.
 """
 
 import math
@@ -25,7 +25,7 @@ _HEADER_LIMIT = 2**20  # bytes of zip directory and description; those of a plai
 _DESCRIPTION_LIMIT = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEAST_RUN = 4096  # bytes; shorter runs are read with what lies between them
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
@@ -33,62 +33,75 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
-class PlainTensor:
-    """A contiguous tensor whose first element lies at byte `start` of its payload."""
+class SavedTensor:
+    """A tensor whose first element lies at byte `start` of its payload; `stride` counts elements."""
 
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def in_order(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> "SavedTensor":
+        """A contiguous one at the beginning of its payload."""
+        return cls(0, dtype, shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in one run; the stride of a dimension of size 1 is never used."""
+        steps = (math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return all(n == 1 or given == step for n, given, step in zip(self.shape, self.stride, steps, strict=True))
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first to the last."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
 
-def find_plain_tensor(file: BinaryIO, start: int, length: int) -> PlainTensor | None:
-    """The tensor in the payload of `length` bytes at `start`; None where only `torch.load` can tell.
+def find_tensor(file: BinaryIO, start: int, length: int) -> SavedTensor:
+    """The tensor in the payload of `length` bytes at `start`.
 
-    Raises ValueError for what no `torch.save` makes of a tensor and what could unfold without end: compressed entries
-    and endless directories.
+    Raises ValueError for what no `torch.save` makes of a plain tensor: other objects, other zips, compressed entries,
+    which could unfold without end, and elements that lie outside of the payload or on top of each other.
     """
     stretch = StretchFile(file, start, length, budget=_HEADER_LIMIT)
-    # A file that is no such zip raises nearly anything; torch.load says what is wrong with it.
+    # A file that is no such zip raises nearly anything.
     try:
         entries = {entry.filename: entry for entry in zipfile.ZipFile(stretch).infolist()}
     except OverBudgetError:
         raise ValueError("its directory is larger than that of any tensor") from None
-    except Exception:
-        return None
+    except Exception as error:
+        raise ValueError(f"it is no zip of torch.save: {error}") from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
         raise ValueError("it is compressed, which torch.save never does")
     try:
         return _tensor_in(stretch, entries)
-    except Exception:
-        return None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"it is not what torch.save makes of a plain tensor: {reason}") from None
 
 
-def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> PlainTensor | None:
+def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> SavedTensor:
     name = next(name for name in entries if name.endswith("/data.pkl"))
     folder, description = name.removesuffix("data.pkl"), entries[name]
     if description.file_size > _DESCRIPTION_LIMIT:
-        return None
+        raise ValueError(f"its description has {description.file_size} bytes; that of a tensor has a few hundred")
     order = entries.get(f"{folder}byteorder")
     if order is not None and _bytes(stretch, order) != b"little":
-        return None
+        raise ValueError("its numbers do not begin with their lowest byte")
     ((dtype, key, stored), first, shape, stride), _ = _described(_bytes(stretch, description))
     data = entries[f"{folder}data/{key}"]
-    # The stride of a dimension of size 1 is never used and may be anything.
-    contiguous = all(
-        size == 1 or step == math.prod(shape[dim + 1 :])
-        for dim, (size, step) in enumerate(zip(shape, stride, strict=True))
-    )
+    begin = data_start(stretch, data)
+    found = SavedTensor(begin + first * dtype.itemsize, dtype, shape, stride)
     count = math.prod(shape)
-    fits = first + count <= stored and stored * dtype.itemsize <= data.file_size
-    if not (contiguous and fits and count):
-        return None
-    begin = _data_start(stretch, data)
-    if begin + stored * dtype.itemsize > stretch.length:
-        return None
-    return PlainTensor(begin + first * dtype.itemsize, dtype, shape)
+    if stored * dtype.itemsize > data.file_size or begin + stored * dtype.itemsize > stretch.length:
+        raise ValueError("it has fewer elements than it says")
+    if count and (first + found.reach > stored or count > found.reach):
+        raise ValueError("its elements lie outside of what is stored, or on top of each other")
+    return found
 
 
-def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
+def data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
     """Where the bytes of an entry begin: behind its local header."""
     stretch.seek(entry.header_offset)
     magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stretch.read(_LOCAL_HEADER.size))
@@ -99,7 +112,7 @@ def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
 
 def _bytes(stretch: StretchFile, entry: zipfile.ZipInfo) -> bytes:
     """A small entry. Its CRC is not looked at: manifests have a SHA-256, and torch can leave the CRC out."""
-    stretch.seek(_data_start(stretch, entry))
+    stretch.seek(data_start(stretch, entry))
     return stretch.read(entry.file_size)
 
 
@@ -126,7 +139,7 @@ def _described(pickled: bytes) -> Any:
             stack.append(items)
         elif name == "BINPERSID":
             _, storage, key, _, elements = stack.pop()
-            stack.append((_STORAGES[storage.removeprefix("torch ")], key, elements))
+            stack.append((STORAGES[storage.removeprefix("torch ")], key, elements))
         elif name == "REDUCE":
             arguments = stack.pop()
             stack.append(_called(stack.pop(), arguments))
@@ -147,11 +160,17 @@ def _called(function: str, arguments: tuple[Any, ...]) -> Any:
     return (storage, first, tuple(shape), tuple(stride)), flags
 
 
-def read_part(fill: Fill, plain: PlainTensor, part: Box, out: Tensor) -> None:
+def read_part(fill: Fill, plain: SavedTensor, part: Box, out: Tensor) -> None:
     """Fill `out`, contiguous and of the part's size, with a box of the tensor in a payload that `fill` reads.
 
-    Reads the bytes of the box alone where they lie in runs worth a call to the system, else the rows they lie in.
+    Reads the bytes of the box alone where they lie in runs worth a call to the system, else the rows they lie in; all
+    of a tensor whose elements lie in another order.
     """
+    if not plain.is_contiguous:
+        elements = torch.empty(plain.reach, dtype=plain.dtype)
+        fill(memory_of(elements), plain.start)
+        out.copy_(elements.as_strided(plain.shape, plain.stride)[part.slices()])
+        return
     run_dim = _first_whole_dim(part, plain.shape)
     run = math.prod(part.size[run_dim:]) * plain.dtype.itemsize
     if run < _LEAST_RUN and math.prod(part.size[:run_dim]) > 1:

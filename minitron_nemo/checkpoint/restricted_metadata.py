@@ -1,11 +1,15 @@
-"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint, read without running code.
+"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint and what `torch.save` describes
+its content by, read without running code.
 
-Reading goes through a closed table: every class a checkpoint of torch.distributed or Megatron-Core names is
-answered by an inert record of ours, every other name is refused. Nothing is imported because a file says so.
+Reading goes through a closed table of opcodes (`pickle_machine`) and closed tables of names: every class a checkpoint
+of torch.distributed or Megatron-Core names is answered by an inert record of ours, every other name is refused. Nothing
+is imported because a file says so.
 """
 
-import io
+import itertools
+import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +19,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.checkpoint.geometry import Chunk, StoredTensor
+from minitron_nemo.checkpoint.pickle_machine import Record, run
 from minitron_nemo.errors import UserError
 
 METADATA_FILE = ".metadata"
-METADATA_LIMIT = 512 * 2**20  # bytes; that of a 405B model with its optimizer is a few dozen MiB
+METADATA_LIMIT = 64 * 2**20  # bytes; that of 24,000 chunks has 3.5 MB
+DIMS_LIMIT = 16
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -26,28 +32,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
-class _Record:
-    """Stands in for a pickled object: keeps the arguments and the state that came with it."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.fields: dict[str, Any] = {}
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        self.fields = state if isinstance(state, dict) else {}
-
-
-class _Metadata(_Record):
+class _Metadata(Record):
     pass
 
 
-class _TensorStorage(_Record):
+class _TensorStorage(Record):
     pass
 
 
-class _MetadataIndex(_Record):
+class _MetadataIndex(Record):
     """A key of a dict, hashed by identity: its state arrives after it is put on the stack."""
 
 
@@ -58,19 +51,19 @@ def _table() -> dict[tuple[str, str], Any]:
         (module, "Metadata"): _Metadata,
         (module, "TensorStorageMetadata"): _TensorStorage,
         (module, "MetadataIndex"): _MetadataIndex,
-        ("torch", "Size"): _Record,
-        ("torch.serialization", "_get_layout"): _Record,
-        ("pathlib", "PosixPath"): _Record,
-        ("pathlib", "PurePosixPath"): _Record,
-        (filesystem, "_StorageInfo"): _Record,
-        (filesystem, "_StoragePrefix"): _Record,
+        ("torch", "Size"): Record,
+        ("torch.serialization", "_get_layout"): Record,
+        ("pathlib", "PosixPath"): Record,
+        ("pathlib", "PurePosixPath"): Record,
+        (filesystem, "_StorageInfo"): Record,
+        (filesystem, "_StoragePrefix"): Record,
     }
     for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
                  "_MEM_FORMAT_ENCODING"):  # fmt: skip
-        table[module, name] = _Record
+        table[module, name] = Record
     # Megatron-Core keeps the save plans of all ranks beside the metadata; they are read and not used.
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"):
-        table[planner, name] = _Record
+        table[planner, name] = Record
     table.update({("torch", name): dtype for name, dtype in DTYPES.items()})
     return table
 
@@ -78,21 +71,25 @@ def _table() -> dict[tuple[str, str], Any]:
 ALLOWED_GLOBALS = _table()
 
 
-class _RestrictedUnpickler(pickle._Unpickler):
-    """The unpickler written in Python: the one in C lets a file of ten bytes ask for a memo of many GiB."""
+@dataclass(frozen=True)
+class StoredObject:
+    """Where the pickle of an object lies: `[start, start + length)` of `file`."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it holds a persistent id, which no checkpoint needs")
+    file: str
+    start: int
+    length: int
 
 
-def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
-    """The tensors of a torch_dist checkpoint by key, from its `.metadata` file; byte objects are left out.
+@dataclass(frozen=True)
+class StoredState:
+    """What a torch_dist checkpoint holds, by key."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, StoredObject]
+
+
+def read_metadata(checkpoint: Contents) -> StoredState:
+    """What a torch_dist checkpoint holds, from its `.metadata` file.
 
     Raises UserError for a file that is missing, too large, hostile or inconsistent.
     """
@@ -101,12 +98,12 @@ def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
         raise UserError(f"{checkpoint.path} is not a torch_dist checkpoint: no {METADATA_FILE}")
     content = read_small(checkpoint, METADATA_FILE, limit=METADATA_LIMIT)
     try:
-        root = _RestrictedUnpickler(io.BytesIO(content)).load()
+        root = run(content, lambda module, name: ALLOWED_GLOBALS.get((module, name)))
     # A damaged pickle raises nearly anything; whatever it is, the file is refused and the cause named.
     except Exception as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
     try:
-        return _stored_tensors(root)
+        return _stored_state(root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
 
@@ -116,18 +113,22 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _stored_tensors(root: Any) -> dict[str, StoredTensor]:
+def _stored_state(root: Any) -> StoredState:
     if not isinstance(root, _Metadata):
         raise ValueError("it does not hold a Metadata record")
-    places = {}
+    places, objects = {}, {}
     for index, info in root.fields["storage_data"].items():
         if index.fields.get("offset") is not None:
-            places[index.fields["fqn"], _sizes(index.fields["offset"])] = info.fields
+            places[_text(index.fields["fqn"]), _sizes(index.fields["offset"])] = info.fields
+        else:
+            place = _text(info.fields["relative_path"]), _count(info.fields["offset"]), _count(info.fields["length"])
+            objects[_text(index.fields["fqn"])] = StoredObject(*place)
     tensors = {}
     for key, stored in root.fields["state_dict_metadata"].items():
         if isinstance(stored, _TensorStorage):
             tensors[_text(key)] = _stored_tensor(key, stored.fields, places)
-    return tensors
+    _check_places(tensors)
+    return StoredState(tensors, objects)
 
 
 def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
@@ -145,8 +146,20 @@ def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str,
         if place.get("transform_descriptors"):
             raise ValueError(f"tensor {key!r} is stored compressed, which is not supported")
         start, length = _count(place["offset"]), _count(place["length"])
+        if math.prod(size) * dtype.itemsize > length:
+            raise ValueError(
+                f"the chunk of tensor {key!r} at {offset} has {length} bytes, too few for its shape {size}"
+            )
         chunks.append(Chunk(offset, size, _text(place["relative_path"]), start, length))
     return StoredTensor(shape, dtype, tuple(chunks))
+
+
+def _check_places(tensors: dict[str, StoredTensor]) -> None:
+    """Refuse chunks that share bytes: a file would unfold into more than it has."""
+    places = sorted((c.file, c.start, c.length, key) for key, stored in tensors.items() for c in stored.chunks)
+    for (file, start, length, key), (after, begin, _, other) in itertools.pairwise(places):
+        if file == after and start + length > begin:
+            raise ValueError(f"chunks of {key!r} and {other!r} share bytes of {file!r}")
 
 
 def _text(value: Any) -> str:
@@ -156,14 +169,19 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected a whole number, got {value!r}")
+    # What is no number is not shown: what nests may take for ever to print.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"expected a whole number, got {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"expected a whole number of bytes or elements, got {value}")
     return value
 
 
-def _sizes(size: _Record) -> tuple[int, ...]:
+def _sizes(size: Record) -> tuple[int, ...]:
     """The numbers of a pickled torch.Size."""
     (values,) = size.arguments
+    if len(values) > DIMS_LIMIT:
+        raise ValueError(f"a shape of {len(values)} dimensions")
     return tuple(_count(value) for value in values)
 
 
@@ -176,7 +194,7 @@ class StoredObjects:
     length: int
 
 
-def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | None = None) -> bytes:
+def metadata_bytes(tensors: dict[str, StoredTensor], objects: Sequence[StoredObjects] = ()) -> bytes:
     """`.metadata` for these tensors and objects, in the classes torch.distributed.checkpoint itself reads."""
     storage_data = {}
     state_dict_metadata: dict[str, dcp.STORAGE_TYPES] = {}
@@ -187,9 +205,9 @@ def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | No
             storage_data[dcp.MetadataIndex(key, chunk.offset)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
         properties = dcp.TensorProperties(dtype=stored.dtype)
         state_dict_metadata[key] = dcp.TensorStorageMetadata(properties, torch.Size(stored.shape), boxes)
-    if objects is not None:
-        for name in objects.names:
-            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(objects.file, 0, objects.length)
+    for alike in objects:
+        for name in alike.names:
+            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(alike.file, 0, alike.length)
             state_dict_metadata[name] = dcp.BytesStorageMetadata()
     metadata = dcp.Metadata(state_dict_metadata, storage_data=storage_data, version="1.0.0")
     return pickle.dumps(metadata, protocol=4)

@@ -2,45 +2,26 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from minitron_nemo.checkpoint.hashed_files import HashingFile
+from minitron_nemo.checkpoint.safetensors_header import Entry, read_entries
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the header of a safetensors file says of a tensor: its dtype by name, its shape, its first byte."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name; raises what the safetensors library does for a file that it finds unsound.
+    """The tensors of a file by name; ValueError for a file that is not sound.
 
-    The library maps a file into memory, where each page of a tensor is a fault: it checks, and the bytes are read
+    The safetensors library maps a file into memory, where each page of a tensor is a fault: here the bytes are read
     from where they lie.
     """
-    with safe_open(path, framework="pt"):
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    begin = 8 + length
-    return {
-        name: Entry(entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    with path.open("rb", buffering=0) as file:
+        return read_entries(file)
 
 
 class SafetensorsWriter:

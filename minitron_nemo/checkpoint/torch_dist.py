@@ -5,10 +5,9 @@ A checkpoint is a folder: `.metadata` says for every global tensor which boxes (
 `megatron.core.dist_checkpointing.load` expects. The tensors of all layers are stacked, `[num_layers, ...]`.
 """
 
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +21,7 @@ from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
 from minitron_nemo.checkpoint.hashed_files import Fill, HashingFile, VerifiedFile, fill_from
-from minitron_nemo.checkpoint.payload import PlainTensor, find_plain_tensor, read_part
+from minitron_nemo.checkpoint.payload import SavedTensor, find_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import (
     DTYPES,
     METADATA_FILE,
@@ -34,12 +33,10 @@ from minitron_nemo.checkpoint.restricted_metadata import (
 from minitron_nemo.errors import UserError
 
 NOTHING_FILE = "nothing.pt"
-BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"  # what Megatron-Core has in the place of that file from 0.19 on
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
 
 
 class TorchDistReader:
@@ -52,15 +49,16 @@ class TorchDistReader:
     def __init__(self, folder: Place, *, sha256: Mapping[str, str] | None = None) -> None:
         contents = contents_of(folder)
         self.folder = contents.path
-        self._tensors = read_metadata(contents)
-        names = {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}
-        self._files = {name: self._file(contents, name) for name in sorted(names)}
-        hashes = {name: sha for name, sha in (sha256 or {}).items() if name in self._files}
+        stored = read_metadata(contents)
+        self._tensors, self.objects = stored.tensors, stored.objects
+        names = {chunk.file for tensor in self._tensors.values() for chunk in tensor.chunks}
+        self._files = {name: self._file(contents, name) for name in sorted(names | set(sha256 or ()))}
         self._verified = {
-            name: VerifiedFile(self._files[name], sha, label=self.folder / name) for name, sha in hashes.items()
+            name: VerifiedFile(self._files[name], sha, label=self.folder / name) for name, sha in (sha256 or {}).items()
         }
+        self._check_places()
         self._whole: set[str] = set()
-        self._places: dict[Chunk, PlainTensor | None] = {}
+        self._places: dict[Chunk, SavedTensor] = {}
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -87,6 +85,11 @@ class TorchDistReader:
                     result[shared.slices(box.offset)] = part
         return result
 
+    def check_whole(self, keys: Iterable[str]) -> None:
+        """Refuse, by name, the first of these tensors whose chunks do not cover it exactly once."""
+        for key in keys:
+            self._check_whole(key)
+
     def verify(self) -> None:
         """Refuse, by name, the first file whose bytes are not those that its SHA-256 stands for."""
         for file in self._verified.values():
@@ -98,6 +101,17 @@ class TorchDistReader:
         if (fault := coverage_fault(self._tensors[key])) is not None:
             raise UserError(f"{self.folder}: tensor {key} is incomplete: {fault}")
         self._whole.add(key)
+
+    def _check_places(self) -> None:
+        """Refuse a checkpoint that promises more bytes than it has, before memory is taken for any of them."""
+        for key, stored in self._tensors.items():
+            for chunk in stored.chunks:
+                if chunk.start + chunk.length > self._files[chunk.file].length:
+                    raise self._cut_short(key, chunk)
+
+    def _cut_short(self, key: str, chunk: Chunk) -> UserError:
+        path = self.folder / chunk.file
+        return UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
 
     def _file(self, contents: Contents, name: str) -> Stretch:
         """A name from `.metadata` must stay inside the folder: a plain file name, no link."""
@@ -113,7 +127,7 @@ class TorchDistReader:
     def _read_part(self, key: str, chunk: Chunk, shared: Box, out: Tensor) -> None:
         """Fill `out` with the box `shared`, which lies in a stored chunk; the chunk must be what the metadata promises.
 
-        The bytes of the box alone where the chunk is as `torch.save` writes a contiguous tensor, else all of it.
+        The bytes of the box alone where the chunk is contiguous, else all of it.
         """
         path, promised = self.folder / chunk.file, (self._tensors[key].dtype, chunk.size)
         stretch = self._files[chunk.file]
@@ -121,25 +135,18 @@ class TorchDistReader:
             fill = self._filler(file, chunk)
             end = min(stretch.length, os.fstat(file.fileno()).st_size - stretch.start)
             if chunk.start + chunk.length > end:
-                raise UserError(f"{path}: ends before the chunk of {key} at byte {chunk.start}; the file was cut short")
+                raise self._cut_short(key, chunk)
             try:
                 if chunk not in self._places:  # a cut comes back for the next rows
-                    self._places[chunk] = find_plain_tensor(file, stretch.start + chunk.start, chunk.length)
+                    self._places[chunk] = find_tensor(file, stretch.start + chunk.start, chunk.length)
                 found = self._places[chunk]
-                if found is not None and (found.dtype, found.shape) == promised:
+                if (found.dtype, found.shape) == promised:
                     offset = tuple(at - begin for at, begin in zip(shared.offset, chunk.offset, strict=True))
                     return read_part(fill, found, Box(offset, shared.size), out)
-                data = bytearray(chunk.length)
-                fill(memoryview(data), 0)
-                tensor = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-            # torch.load raises whatever the zip, the pickle or the storage reader met; all mean a bad file.
-            except Exception as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise UserError(f"{path}: the chunk of {key} cannot be read: {one_line(error)}") from None
-        if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != promised:
-            is_tensor = isinstance(tensor, Tensor)
-            content = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
-            raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
-        out.copy_(tensor.detach()[shared.slices(chunk.offset)])
+        content = f"{found.dtype} {found.shape}"
+        raise UserError(f"{path}: the chunk of {key} is {content}; .metadata promises {promised[0]} {promised[1]}")
 
     def _filler(self, file: BinaryIO, chunk: Chunk) -> Fill:
         """What fills memory with the bytes of a chunk, from a position in it on; hashed where a hash is known."""
@@ -224,10 +231,18 @@ class TorchDistWriter:
         return self._records
 
 
-def write_metadata(folder: str | Path, records: list[dict[str, Any]], *, nothings: Sequence[str] = ()) -> None:
-    """Complete a torch_dist folder: `.metadata`, `metadata.json` and `common.pt` for the chunks of all ranks.
+def write_metadata(
+    folder: str | Path,
+    records: list[dict[str, Any]],
+    *,
+    nothings: Sequence[str] = (),
+    common: Mapping[str, Any] | None = None,
+    common_is_object: bool = False,
+) -> None:
+    """Complete a torch_dist folder: `.metadata`, `metadata.json` and the common state for the chunks of all ranks.
 
-    `nothings` are names of objects that a reader asks for and that hold nothing.
+    `nothings` are names of objects that a reader asks for and that hold nothing. The common state is a file of its own,
+    which every Megatron-Core reads, or with `common_is_object` an object among the tensors, as 0.19 saves it.
     Raises AssertionError when the chunks do not cover every global tensor exactly.
     """
     folder = Path(folder)
@@ -241,10 +256,19 @@ def write_metadata(folder: str | Path, records: list[dict[str, Any]], *, nothing
     for key, stored in tensors.items():
         fault = coverage_fault(stored)
         assert fault is None, f"{key}: {fault}"
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKEND))
-    objects = None
+    objects = []
+    if common_is_object:
+        objects.append(_write_object(folder, "common_state.pt", dict(common or {}), [COMMON_OBJECT]))
+    else:
+        torch.save(dict(common or {}), folder / COMMON_FILE)
     if nothings:
-        torch.save([None], folder / NOTHING_FILE)  # Megatron keeps the objects of one name as a list
-        objects = StoredObjects(tuple(nothings), NOTHING_FILE, (folder / NOTHING_FILE).stat().st_size)
+        objects.append(_write_object(folder, NOTHING_FILE, None, nothings))
+    backend = BACKEND if common_is_object else BACKEND | COMMON_BACKEND
+    (folder / "metadata.json").write_text(json.dumps(backend))
     (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors, objects))
+
+
+def _write_object(folder: Path, file: str, value: Any, names: Sequence[str]) -> StoredObjects:
+    """A file with one object, which all of these names stand for."""
+    torch.save([value], folder / file)  # Megatron keeps the objects of one name as a list
+    return StoredObjects(tuple(names), file, (folder / file).stat().st_size)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from minitron_nemo.config.blocks import ScoreBlocksConfig
+from minitron_nemo.config.convert import ConvertConfig
 from minitron_nemo.config.export import ExportHfConfig
 from minitron_nemo.config.hidden_states import HiddenStatesConfig
 from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
@@ -428,6 +429,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_hf: ExportHfConfig = field(default_factory=ExportHfConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 

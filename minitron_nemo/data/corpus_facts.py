@@ -1,9 +1,9 @@
 """What is known of a prepared corpus: the `<name>.json` beside its .bin and .idx."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 
 
@@ -44,7 +44,7 @@ class CorpusFacts:
 def read_facts(path: Path) -> CorpusFacts:
     """Raises UserError for a file that is not the facts of a prepared corpus."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         facts = CorpusFacts(**{**values, "skipped": Skipped(**values["skipped"])})
         _check_types(facts)
         return facts

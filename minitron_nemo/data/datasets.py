@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 
 from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.publishing import fsync
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.corpus_files import content_fingerprint
 from minitron_nemo.data.verified import verify_once
@@ -214,7 +215,7 @@ def _is_usable(folder: Path, cache: Path) -> bool:
     Megatron opens them allowing pickles, so only real arrays may pass.
     """
     try:
-        hashes = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
+        hashes = parse_json((folder / HASHES_FILE).read_bytes())
         files = {path.name: path for path in folder.glob("*.npy")}
         if not files or hashes.keys() != files.keys():
             return False

@@ -7,6 +7,7 @@ from typing import Any
 
 from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.foreign_json import read_json_in
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, UPSTREAM_FILE
 from minitron_nemo.data.tokenizer import open_backend
 from minitron_nemo.data.vocabulary import bpe_of, is_id_key, read_vocabulary
@@ -62,7 +63,7 @@ def rows_kept(fewer: Place, whole: Place, *, fewer_size: int, whole_size: int) -
             f"{ours.source}: id {row} ({ours.words.get(row)!a:.40}) is no word of {theirs.source} or not in its order; "
             "models are compared over one vocabulary, or over one that was pruned from the other"
         )
-    made = json.loads(pruned_tokenizer(whole, kept)["tokenizer.json"])
+    made = parse_json(pruned_tokenizer(whole, kept)["tokenizer.json"])
     if made != {"added_tokens": [], **read_json_in(contents_of(fewer), "tokenizer.json")}:
         raise UserError(
             f"{ours.source} has words of {theirs.source} but is not what pruning it leaves; give the tokenizer that "

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.data.tokenizer import Tokenizer
 from minitron_nemo.errors import UserError
 
@@ -154,7 +155,7 @@ def _read(path: Path, form: str, count: int | None) -> list[Example]:
         if count is not None and len(examples) == count:
             break
         try:
-            examples.append(FORMS[form](_object(json.loads(line))))
+            examples.append(FORMS[form](_object(parse_json(line))))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}; {form} needs {FIELDS[form]}") from None
     if not examples:

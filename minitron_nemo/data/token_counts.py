@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from minitron_nemo.artefacts.atomic import write_text_atomically
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.data.blend import Blend
 from minitron_nemo.data.corpus_files import content_fingerprint
 from minitron_nemo.data.corpus_index import open_index, with_suffix
@@ -77,7 +78,7 @@ def _blocks(prefix: Path, tokens: int, bar: ProgressReporter) -> Iterator[np.nda
 def _cached(path: Path, size: int) -> np.ndarray | None:
     """Counts kept by an earlier run; None where there are none, or none that can be read."""
     try:
-        counts = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+        counts = np.array(parse_json(path.read_bytes()), dtype=np.int64)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     return counts if counts.shape == (size,) and counts.min(initial=0) >= 0 else None

@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has
 from minitron_nemo.artefacts.foreign_json import read_json_in
-from minitron_nemo.errors import UserError
+from minitron_nemo.data.tokenizer_limits import check_limits
+from minitron_nemo.errors import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
@@ -122,6 +123,7 @@ def load_tokenizer(place: Place) -> Tokenizer:
 
 def open_backend(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer of a parsed tokenizer.json; UserError naming `path` for one that it does not take."""
+    check_limits(path, content)
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     except (KeyboardInterrupt, SystemExit):
@@ -149,11 +151,11 @@ def _special_id(files: Contents, backend: tokenizers.Tokenizer, which: str) -> i
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             if not isinstance(token, str):
-                raise UserError(f"{path}: {which}_token={_short(token)}: must be a string, a token of tokenizer.json")
+                raise UserError(f"{path}: {which}_token={shown(token)}: must be a string, a token of tokenizer.json")
             # A lone surrogate is no text, and the library cannot be asked for it.
             ident = None if any(0xD800 <= ord(c) < 0xE000 for c in token) else backend.token_to_id(token)
             if ident is None:
-                raise UserError(f"{path}: {which}_token {_short(token)} is not in the vocabulary of tokenizer.json")
+                raise UserError(f"{path}: {which}_token {shown(token)} is not in the vocabulary of tokenizer.json")
             return int(ident)
     size = _size(backend)
     for name in ("generation_config.json", "config.json", "hf_config.json"):
@@ -164,15 +166,10 @@ def _special_id(files: Contents, backend: tokenizers.Tokenizer, which: str) -> i
             ident = given[0] if isinstance(given, list) and given else given
             if type(ident) is not int or not 0 <= ident < size:
                 raise UserError(
-                    f"{path}: {which}_token_id={_short(given)}: must be a token id of tokenizer.json, 0..{size - 1}"
+                    f"{path}: {which}_token_id={shown(given)}: must be a token id of tokenizer.json, 0..{size - 1}"
                 )
             return ident
     return None
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> Tokenizer:

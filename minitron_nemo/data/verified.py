@@ -7,6 +7,7 @@ from typing import Any
 
 from minitron_nemo.artefacts.atomic import write_text_atomically
 from minitron_nemo.artefacts.manifest import WORTH_A_LINE, file_sha256
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
 
@@ -43,7 +44,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}

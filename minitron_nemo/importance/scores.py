@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.criteria import names_of
 from minitron_nemo.importance.sums import ImportanceSums, read_sums
@@ -198,7 +199,7 @@ def _rounded(score: Tensor) -> float:
 
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)}); {AGAIN}") from None
     if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION or "arch" not in facts:

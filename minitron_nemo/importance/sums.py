@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.importance.criteria import Criterion, chosen
 from minitron_nemo.importance.estimators import AGGREGATIONS
@@ -234,7 +235,7 @@ def read_sums(folder: Path | str) -> ImportanceSums:
                         f"anew; {AGAIN}")  # fmt: skip
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "null"))
+            facts = parse_json((file.metadata() or {}).get("facts", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artefacts.contents import Contents, FolderContents, Place, contents_of, has, read_small
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import AXES, FIRST_AXES, Axis, blocks_first, shrink
@@ -156,7 +157,7 @@ def plan_of_model(model: Place) -> PruningPlan | None:
 def _plan_in(contents: Contents, name: str) -> PruningPlan:
     path = contents.path / name
     try:
-        values = json.loads(read_small(contents, name).decode())
+        values = parse_json(read_small(contents, name))
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a plan ({reason}); give the plan.json that prune wrote") from None

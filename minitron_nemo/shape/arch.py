@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
+from minitron_nemo.shape.limits import check_fields
 
 FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "qwen3")
 ACTIVATIONS = ("swiglu", "squared_relu")
@@ -25,6 +26,13 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"low_freq_factor={self.low_freq_factor}: must be below high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,9 @@ class ModelArch:
     qk_layernorm: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "vocab_size", "seq_length")  # fmt: skip
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: a model shape needs a whole number of at least 1")
+        check_fields(self)
+        if self.rotary_percent > 1:
+            raise UserError(f"rotary_percent={self.rotary_percent}: the rotated part of a head is at most 1")
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads}: must be a multiple of "
@@ -71,7 +76,7 @@ class ModelArch:
             )
         for name, allowed in (("family", FAMILIES), ("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+                raise UserError(f"{name}={shown(getattr(self, name))}: allowed are {', '.join(allowed)}")
         for name in ("share_embeddings_and_output_weights", *LATER):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)!r}: must be true or false")
@@ -155,16 +160,20 @@ class ModelArch:
         if not isinstance(values, dict):
             raise UserError(f"{source}: expected a mapping of model shape fields, got {type(values).__name__}")
         if unknown := sorted(map(str, set(values) - known)):
-            raise UserError(f"{source}: unknown field {unknown[0]!r}; a model shape has {', '.join(sorted(known))}")
+            raise UserError(
+                f"{source}: unknown field {shown(unknown[0])}; a model shape has {', '.join(sorted(known))}"
+            )
         if missing := sorted(required - set(values)):
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         values = dict(values)
-        if values.get("rope_scaling") is not None:
-            try:
+        try:
+            if values.get("rope_scaling") is not None:
                 values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            except TypeError as error:
-                raise UserError(f"{source}: rope_scaling: {error}") from None
-        return cls(**values)
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"{source}: rope_scaling: {error}") from None
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
 
 def billions(count: float) -> str:

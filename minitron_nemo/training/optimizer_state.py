@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.training.state import TrainedBeside, TrainState
 
 
@@ -40,7 +41,7 @@ def write_optimizer(path: Path, state: TrainState) -> None:
 def read_optimizer(path: Path, state: TrainState) -> None:
     """The inverse of `write_optimizer`, into an optimizer of the same model under the same layout."""
     with safe_open(path, framework="pt") as file:
-        scalars = json.loads(file.metadata()["scalars"])
+        scalars = parse_json(file.metadata()["scalars"])
         names: dict[tuple[int, int], list[str]] = {}
         for key in file.keys():  # noqa: SIM118 (not a dict)
             index, number, name = key.split(".", 2)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint import finite
 from minitron_nemo.checkpoint.formats import hf
 from minitron_nemo.checkpoint.formats.hf_names import hf_tensors
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
@@ -265,7 +266,7 @@ def test_a_weight_that_is_no_number_is_refused_naming_its_tensor(folder, tmp_pat
         tensors[name][-1, -1] = value
 
     edit(folder, spoil)
-    monkeypatch.setattr(hf, "FINITE_BLOCK", block)
+    monkeypatch.setattr(finite, "_BLOCK", block)
     with pytest.raises(UserError, match=f"model.safetensors: tensor {name} is not all finite numbers"):
         convert(folder, tmp_path)
     assert not (tmp_path / "x.nemo").exists()

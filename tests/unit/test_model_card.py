@@ -174,7 +174,8 @@ def test_the_hub_name_is_the_one_asked_for_or_that_of_the_cache(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [{"name": "no owner"}, {"name": 1}, {"name": "a/b\n"}, {"licence": "<b>"}, {"licence": ["mit"]}, {"name": "../../x"}],
+    [{"name": "no owner"}, {"name": 1}, {"name": "a/b\n"}, {"licence": "<b>"}, {"licence": ["mit"]},
+     {"name": "../../x"}],
 )  # fmt: skip
 def test_what_an_import_wrote_down_is_taken_by_its_form(values, tmp_path):
     (tmp_path / "upstream.json").write_text(json.dumps(values))

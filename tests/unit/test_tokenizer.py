@@ -149,7 +149,9 @@ HOSTILE = [3, 1.5, True, ["</s>"], [], {"content": 7}, {"content": "\ud800"}, "\
 @pytest.mark.parametrize("token", HOSTILE, ids=lambda token: ascii(token)[:20])
 def test_an_eos_token_that_is_none_is_refused_in_one_line(copy, token):
     rewrite(copy, "tokenizer_config.json", {"eos_token": token})
-    with pytest.raises(UserError, match="tokenizer_config.json: eos_token") as caught:
+    with pytest.raises(
+        UserError, match="tokenizer_config.json: (eos_token|not JSON: .* half of a surrogate)"
+    ) as caught:
         load_tokenizer(copy)
     message = str(caught.value)
     assert message.isascii()

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Contents, has
 from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.origin import Origin
@@ -29,6 +30,8 @@ from minitron_nemo.artefacts.upstream import (
     upstream_of,
 )
 from minitron_nemo.checkpoint.buffers import memory_of, new_tensor
+from minitron_nemo.checkpoint.finite import is_finite
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
 from minitron_nemo.checkpoint.formats.hf_names import hf_names, hf_tensors
 from minitron_nemo.checkpoint.formats.nemo import (
@@ -43,6 +46,7 @@ from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
 from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import LogicalTensor, logical_tensors
@@ -54,7 +58,6 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
-FINITE_BLOCK = 1 << 20  # elements
 STORED_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in PRECISIONS.values()}
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
@@ -172,10 +175,8 @@ class HfWeights(ShapedSource):
 
 def _check_finite(tensor: Tensor, path: Path, name: str) -> None:
     """Refuse a weight that is no number: its maker gives no hash, and one such weight spoils every logit."""
-    for block in tensor.flatten().split(FINITE_BLOCK):
-        # Twenty times cheaper than isfinite over the block, and NaN and infinity both come through.
-        if not all(math.isfinite(float(end)) for end in torch.aminmax(block)):
-            raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
+    if not is_finite(tensor):
+        raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
 
 
 def _short(value: Any) -> str:
@@ -285,7 +286,7 @@ def import_hf(
 
 
 def export_hf(
-    nemo: NemoFolder,
+    nemo: NemoFolder | Checkpoint,
     output: str | Path,
     *,
     origin: Origin,
@@ -301,8 +302,9 @@ def export_hf(
     without them transformers takes ids of its own. `files` are further files of the folder, by name.
     """
     check_free_space(output, nemo.arch.num_params() * nemo.dtype.itemsize)
-    with publishing(output, kind=KIND, origin=origin, tokens=nemo.manifest.tokens) as draft:
-        copy_tokenizer(nemo.tokenizer, draft.folder)
+    with publishing(output, kind=KIND, origin=origin, tokens=nemo.tokens) as draft:
+        if nemo.tokenizer is not None:
+            copy_tokenizer(nemo.tokenizer, draft.folder)
         source_config = draft.folder / SOURCE_CONFIG_FILE
         base = _read_json(draft.folder, SOURCE_CONFIG_FILE) if source_config.exists() else None
         for name in (SOURCE_CONFIG_FILE, UPSTREAM_FILE):
@@ -318,6 +320,25 @@ def export_hf(
             (draft.folder / name).write_bytes(content)
         unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
         _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
+
+
+def recognise(contents: Contents) -> bool:
+    """Whether it has a config and weights as safetensors."""
+    return has(contents, CONFIG_FILE) and any(name.endswith(".safetensors") for name in contents.names())
+
+
+def open_checkpoint(contents: Contents) -> Checkpoint:
+    """A Hugging Face folder as a checkpoint."""
+    folder = open_hf(contents.path)
+    config = {f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode()}
+    return Checkpoint(folder.path, "hf", folder.arch, folder.dtype, folder.weights, contents, files=config)
+
+
+def write(
+    output: str | Path, model: Checkpoint, tensors: Iterable[tuple[str, Tensor]], *, origin: Origin, layout: Layout
+) -> None:
+    """Publish a checkpoint of any format as a Hugging Face folder, which no layout splits."""
+    export_hf(model, output, origin=origin, tensors=tensors, token_ids=model.token_ids)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
