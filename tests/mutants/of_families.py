@@ -49,6 +49,13 @@ FAULTS = [
         tests="tests/distributed/test_training_layouts.py -k 'gradient and tp2' -x",
     ),
     Fault(
+        "minitron_nemo/engine/model.py",
+        "Transformer Engine's layers have no norms of queries and keys",
+        find="(qk_layernorm=config.qk_layernorm)",
+        replace="()",
+        tests="tests/unit/test_accelerations.py -k engine_have -x",
+    ),
+    Fault(
         "minitron_nemo/pruning/plain_forward.py",
         "the proof forgets the biases of queries, keys and values",
         find='self._product(z_BSH, f"{name}.linear_qkv.weight", bias=arch.add_qkv_bias)',
