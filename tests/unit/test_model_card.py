@@ -142,6 +142,8 @@ def test_scores_are_those_of_this_very_model(run, tmp_path):
         assert "forward KL" not in text
     with pytest.raises(UserError, match="evaluates another model than"):
         page_of(run, wishes=Wishes(evaluation=record))
+    record.write_text("{")
+    assert "## Scores" not in page_of(run).files["README.md"].decode(), "a record that nobody asked for stops no export"
     record.unlink()
 
 
