@@ -1,0 +1,87 @@
+"""Artefacts of somebody who means harm: each is refused in one line that names it, at once, and nothing of it runs."""
+
+import hashlib
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from hf_models import save_tiny_tokenizer
+from hostile import archives, folders, pickles, texts
+from hostile.case import CANARY, OPENERS, Case, write_sound
+
+from minitron_nemo.errors import UserError
+
+CASES = {case.name: case for module in (pickles, texts, folders, archives) for case in module.cases()}
+SECONDS = 6  # of processor time; alone on a core every one takes below two
+MEMORY = 512 * 2**20  # bytes beyond what the process had
+LONGEST = 1000  # characters of a refusal
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return write_sound(tmp_path_factory.mktemp("sound"), save_tiny_tokenizer)
+
+
+def seconds() -> float:
+    """Processor time of this process and of those that it waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def memory(which: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+
+def around(folder: Path) -> dict[str, str]:
+    """Everything in a folder but the artefact, with the hash of its content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.parent == folder}
+
+
+def copied(sound: dict[str, Path], case: Case, folder: Path) -> Path:
+    path = folder / sound[case.base].name
+    (shutil.copytree if sound[case.base].is_dir() else shutil.copyfile)(sound[case.base], path)
+    (folder / "neighbour").write_text("stays as it is")
+    return path
+
+
+@pytest.mark.parametrize("base", OPENERS)
+def test_what_the_corpus_is_made_of_is_sound(base, sound):
+    OPENERS[base](sound[base])
+
+
+def test_the_corpus_is_as_large_as_it_should_be():
+    assert len(CASES) >= 150
+    assert sum(case.says is not None for case in CASES.values()) >= 150
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_artefact_is_refused_at_once_in_one_line_and_nothing_runs(name, sound, tmp_path, monkeypatch):
+    case = CASES[name]
+    path = copied(sound, case, tmp_path)
+    case.poison(path)
+    monkeypatch.chdir(tmp_path)
+    before, listed = around(tmp_path), sorted(os.listdir(tmp_path))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    began, had = seconds(), memory("VmRSS")
+    refusal = None
+    try:
+        OPENERS[case.base](path)
+    except UserError as error:
+        refusal = str(error)
+    assert memory("VmHWM") - had < MEMORY
+    assert seconds() - began < SECONDS
+    assert not (tmp_path / CANARY).exists()
+    assert (around(tmp_path), sorted(os.listdir(tmp_path))) == (before, listed)
+    if case.says is None:
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert re.search(case.says, refusal), refusal
+        assert str(path) in refusal
+        assert refusal.isprintable()
+        assert len(refusal) < LONGEST
