@@ -42,9 +42,11 @@ exit codes: 0 done or nothing to do; 2 bad input, in one line; 1 a defect, with 
 stop (SIGINT, SIGTERM, SIGUSR1) and saved, 130 interrupted: run the same command again to go on"""
 
 
-def main(recipe: "Recipe") -> None:
-    """Entry point of a recipe script."""
-    sys.exit(run_command(recipe, sys.argv[1:]))
+def main(recipe: "Recipe", *, config: str | None = None) -> None:
+    """Entry point of a recipe script; `config` is what it composes when no `--config-name` is given."""
+    words = sys.argv[1:]
+    asked = any(word.split("=")[0] in ("--config-name", "-cn", "--help", "-h", "--processes") for word in words)
+    sys.exit(run_command(recipe, words if asked or config is None else ["--config-name", config, *words]))
 
 
 def run_command(recipe: "Recipe", arguments: Sequence[str]) -> int:

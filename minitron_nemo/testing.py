@@ -27,7 +27,9 @@ NEMOTRON = dataclasses.replace(
     LLAMA, family="nemotron", activation="squared_relu", normalization="LayerNorm1p", rotary_percent=0.5,
     rope_scaling=None,
 )  # fmt: skip
-TINY = {"llama": LLAMA, "mistral": MISTRAL, "nemotron": NEMOTRON}
+QWEN2 = dataclasses.replace(LLAMA, family="qwen2", rope_scaling=None, add_qkv_bias=True)
+QWEN3 = dataclasses.replace(LLAMA, family="qwen3", rope_scaling=None, qk_layernorm=True)
+TINY = {"llama": LLAMA, "mistral": MISTRAL, "nemotron": NEMOTRON, "qwen2": QWEN2, "qwen3": QWEN3}
 
 # What layout tests compare with one rank.
 LAYOUTS = {

@@ -57,9 +57,10 @@ def run(config: Config, job: Job) -> None:
     from minitron_nemo.checkpoint.formats.hf import import_hf, open_hf, resolve_source
     from minitron_nemo.checkpoint.source import stream
 
-    folder = open_hf(resolve_source(str(config.import_hf.source)))
+    source = str(config.import_hf.source)
+    folder = open_hf(resolve_source(source))
     tensors = watched(stream(folder.weights), len(folder.weights.names()), "import", unit="tensor")
-    import_hf(folder, job.output, tensors=tensors, origin=job.origin)
+    import_hf(folder, job.output, tensors=tensors, origin=job.origin, given=source)
 
 
 RECIPE = Recipe("import_hf", prepare, run, lines=lambda config: model_lines(config, shapes(config).cut))

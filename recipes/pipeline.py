@@ -21,7 +21,7 @@ from minitron_nemo.steps.step import Recipe, logger  # noqa: E402
 
 
 def recipe_named(name: str) -> Recipe:
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "pipeline")
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("pipeline", "audit"))
     if name not in known:
         raise UserError(f"pipeline.steps: no recipe {name!r}; there are {', '.join(known)}")
     recipe: Recipe = importlib.import_module(f"recipes.{name}").RECIPE

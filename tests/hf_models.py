@@ -30,12 +30,14 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3_ROPE},
     "mistral": {"rms_norm_eps": 1e-5, "sliding_window": None},
     "nemotron": {"norm_eps": 1e-5},
+    "qwen2": {"rms_norm_eps": 1e-5},
+    "qwen3": {"rms_norm_eps": 1e-5},
 }
 
 
 def save_tiny_hf(folder: str | Path, family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0,
                  tokenizer: bool = True, max_shard_size: str = "5GB", **overrides: Any) -> Path:  # fmt: skip
-    """Save a tiny random model of `family` (llama, mistral, nemotron) and its tokenizer; returns the folder.
+    """Save a tiny random model of `family` (a `model_type`) and its tokenizer; returns the folder.
 
     `overrides` are fields of the transformers config. Every weight is random, the norms' too.
     """

@@ -49,9 +49,14 @@ def forward(model: Model, arch: ModelArch, tokens: Tensor) -> Tensor:
     for layer in range(arch.num_layers):
         name = "decoder.layers.self_attention."
         fused = norm(x, f"{name}linear_qkv.layer_norm_", layer) @ get(f"{name}linear_qkv.weight", layer).T
+        if arch.add_qkv_bias:
+            fused = fused + get(f"{name}linear_qkv.bias", layer)
         heads = []
         for group in fused.chunk(arch.num_query_groups, dim=-1):
             *queries, key, value = group.split(arch.kv_channels, dim=-1)
+            if arch.qk_layernorm:
+                queries = [norm(q, f"{name}q_layernorm.", layer) for q in queries]
+                key = norm(key, f"{name}k_layernorm.", layer)
             heads += [
                 functional.scaled_dot_product_attention(q[None], key[None], value[None], is_causal=True)[0]
                 for q in queries

@@ -58,20 +58,28 @@ pipeline:
       overrides: ["export_hf.checkpoint=${{run_dir}}/pretrained.nemo", "export_hf.output=${{run_dir}}/source_hf"]
     - {{recipe: import_hf}}
     - {{recipe: correct_teacher}}
-    - {{recipe: estimate_importance}}
-    - {{recipe: prune}}
+    - recipe: convert
+      overrides:
+        - convert.source=${{run_dir}}/corrected_teacher.nemo
+        - convert.output=${{run_dir}}/packed.nemo
+        - convert.format=nemo_tar
+    - {{recipe: estimate_importance, overrides: ["estimate_importance.checkpoint=${{run_dir}}/packed.nemo"]}}
+    - {{recipe: prune, overrides: ["prune.checkpoint=${{run_dir}}/packed.nemo"]}}
     - recipe: prune
       overrides:
+        - prune.checkpoint=${{run_dir}}/packed.nemo
         - "prune.target={{hidden_size: null, ffn_hidden_size: null, num_layers: 2}}"
         - prune.output=${{run_dir}}/depth_pruned.nemo
     - recipe: distill
       overrides:
+        - distill.teacher=${{run_dir}}/packed.nemo
         - distill.hidden_states.kinds=[layer_outputs]
         - distill.teacher_parallel.cpu_offloading_weights=true
     - name: distill, pipeline parallel
       recipe: distill
       overrides:
         - distill.checkpoint=${{run_dir}}/depth_pruned.nemo
+        - distill.teacher=${{run_dir}}/packed.nemo
         - distill.output=${{run_dir}}/depth_student.nemo
         - distill.hidden_states.kinds=[layer_outputs]
         - distill.teacher_parallel.cpu_offloading_weights=true
@@ -86,7 +94,7 @@ pipeline:
       overrides: ["export_hf.checkpoint=${{run_dir}}/{{model}}.nemo"]
     - {{recipe: report}}
 """
-NUM_STEPS = 12 + 2 * len(MODELS) + 1
+NUM_STEPS = 13 + 2 * len(MODELS) + 1
 
 
 def write_tiny_run(folder: Path) -> tuple[Path, Path]:

@@ -25,7 +25,7 @@ _HEADER_LIMIT = 2**20  # bytes of zip directory and description; those of a plai
 _DESCRIPTION_LIMIT = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEAST_RUN = 4096  # bytes; shorter runs are read with what lies between them
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
@@ -40,6 +40,11 @@ class SavedTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @classmethod
+    def in_order(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> "SavedTensor":
+        """A contiguous one at the beginning of its payload."""
+        return cls(0, dtype, shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
 
     @property
     def is_contiguous(self) -> bool:
@@ -86,7 +91,7 @@ def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> Sav
         raise ValueError("its numbers do not begin with their lowest byte")
     ((dtype, key, stored), first, shape, stride), _ = _described(_bytes(stretch, description))
     data = entries[f"{folder}data/{key}"]
-    begin = _data_start(stretch, data)
+    begin = data_start(stretch, data)
     found = SavedTensor(begin + first * dtype.itemsize, dtype, shape, stride)
     count = math.prod(shape)
     if stored * dtype.itemsize > data.file_size or begin + stored * dtype.itemsize > stretch.length:
@@ -96,7 +101,7 @@ def _tensor_in(stretch: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> Sav
     return found
 
 
-def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
+def data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
     """Where the bytes of an entry begin: behind its local header."""
     stretch.seek(entry.header_offset)
     magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stretch.read(_LOCAL_HEADER.size))
@@ -107,7 +112,7 @@ def _data_start(stretch: StretchFile, entry: zipfile.ZipInfo) -> int:
 
 def _bytes(stretch: StretchFile, entry: zipfile.ZipInfo) -> bytes:
     """A small entry. Its CRC is not looked at: manifests have a SHA-256, and torch can leave the CRC out."""
-    stretch.seek(_data_start(stretch, entry))
+    stretch.seek(data_start(stretch, entry))
     return stretch.read(entry.file_size)
 
 
@@ -134,7 +139,7 @@ def _described(pickled: bytes) -> Any:
             stack.append(items)
         elif name == "BINPERSID":
             _, storage, key, _, elements = stack.pop()
-            stack.append((_STORAGES[storage.removeprefix("torch ")], key, elements))
+            stack.append((STORAGES[storage.removeprefix("torch ")], key, elements))
         elif name == "REDUCE":
             arguments = stack.pop()
             stack.append(_called(stack.pop(), arguments))

@@ -1,17 +1,19 @@
-"""The opcodes that a `.metadata` file is made of, carried out by hand: values and inert records come out, nothing runs.
+"""The opcodes that the pickles of checkpoints are made of, carried out by hand: records come out, and nothing runs.
 
 A pickle is a program for a machine with a stack. This one knows the opcodes that Python's own pickler writes for plain
-records, and no other; it calls nothing but the records that its caller lists by name. Opcodes are counted, as each of
-them may take memory, and keys of dicts are texts, numbers or records: what nests may take for ever to hash.
+records, and no other; it makes nothing but the records that its caller has for a name. Opcodes are counted, as each of
+them may take memory, and keys of dicts are texts, numbers, records, or tuples of such: what nests may take for ever to
+hash.
 
 Source of the opcodes: the documentation in Python's `pickletools`.
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 OPCODES_LIMIT = 2_000_000  # 71 for each stored chunk: 28,000 chunks; weights and optimizer of 405B on TP8 have 16,000
+_KEY_LIMIT = 8  # parts of a tuple
 _INT, _LENGTH, _LONG_LENGTH, _FLOAT = (struct.Struct(f) for f in ("<i", "<I", "<Q", ">d"))
 
 
@@ -30,12 +32,18 @@ class Record:
         self.fields = state if isinstance(state, dict) else {}
 
 
-def run(data: bytes, known: Mapping[tuple[str, str], Any]) -> Any:
-    """What the pickle `data` stands for; `known` has a subclass of Record, or a constant, for each name it may use.
+Named = Callable[[str, str], Any]
+Stored = Callable[[Any], Any]
 
-    Raises ValueError, in one line, for what is not such a pickle.
+
+def run(data: bytes, named: Named, *, stored: Stored | None = None) -> Any:
+    """What the pickle `data` stands for.
+
+    `named` gives for a module and a name in it a subclass of Record, a function that is as harmless, `dict` or a
+    constant, and None for what no such pickle needs; `stored` answers references to storages, which are refused without
+    it. Raises ValueError, in one line, for what is not such a pickle.
     """
-    machine = _Machine(data, known)
+    machine = _Machine(data, named, stored)
     try:
         return machine.run()
     except (IndexError, struct.error):
@@ -43,8 +51,8 @@ def run(data: bytes, known: Mapping[tuple[str, str], Any]) -> Any:
 
 
 class _Machine:
-    def __init__(self, data: bytes, known: Mapping[tuple[str, str], Any]) -> None:
-        self.data, self.known, self.at = data, known, 0
+    def __init__(self, data: bytes, named: Named, stored: Stored | None) -> None:
+        self.data, self.named, self.stored, self.at = data, named, stored, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
         self.memo: dict[int, Any] = {}
@@ -114,31 +122,43 @@ class _Machine:
     def set_items(self, values: list[Any]) -> None:
         target = _kind(self.stack[-1], dict)
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, str | int | Record):
+            if not _is_key(key):
                 raise ValueError(f"it has a key that is a {type(key).__name__}")
             target[key] = value
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("it has a name that is no text")
-        try:
-            self.push(self.known[module, name])
-        except KeyError:
-            raise ValueError(f"it names {f'{module}.{name}'[:100]}, which no checkpoint needs") from None
+        if (found := self.named(module, name)) is None:
+            raise ValueError(f"it names {f'{module}.{name}'[:100]}, which no checkpoint needs")
+        self.push(found)
 
     def make(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
-        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(arguments, tuple)):
+        if kind is dict and arguments == ():
+            return self.push({})
+        if kind is dict or not (callable(kind) and isinstance(arguments, tuple)):  # all that can be called is our own
             raise ValueError("it calls what is no record")
         self.push(kind(*arguments))
 
+    def reference(self) -> None:
+        if self.stored is None:
+            raise ValueError("it holds a persistent id, which no checkpoint needs")
+        self.push(self.stored(self.stack.pop()))
+
     def build(self) -> None:
         state = self.stack.pop()
-        _kind(self.stack[-1], Record).set_state(state)
+        if not isinstance(self.stack[-1], dict):  # attributes of an OrderedDict: what torch notes of a module
+            _kind(self.stack[-1], Record).set_state(state)
 
     def stack_name(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         self.name(module, name)
+
+
+def _is_key(value: Any) -> bool:
+    is_tuple = isinstance(value, tuple) and len(value) <= _KEY_LIMIT
+    return isinstance(value, str | int | Record) or is_tuple and all(isinstance(part, str | int) for part in value)
 
 
 def _kind(value: Any, kind: type) -> Any:
@@ -185,4 +205,5 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x52: lambda m: m.make(),  # REDUCE
     0x81: lambda m: m.make(),  # NEWOBJ
     0x62: lambda m: m.build(),
+    0x51: lambda m: m.reference(),  # BINPERSID
 }

@@ -1,13 +1,15 @@
-"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint, read without running code.
+"""The only pickles of this package: the `.metadata` file of a torch_dist checkpoint and what `torch.save` describes
+its content by, read without running code.
 
-Reading goes through a closed table of opcodes (`pickle_machine`) and one of names: every class a checkpoint of
-torch.distributed or Megatron-Core names is answered by an inert record of ours, every other name is refused. Nothing is
-imported because a file says so.
+Reading goes through a closed table of opcodes (`pickle_machine`) and closed tables of names: every class a checkpoint
+of torch.distributed or Megatron-Core names is answered by an inert record of ours, every other name is refused. Nothing
+is imported because a file says so.
 """
 
 import itertools
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +71,25 @@ def _table() -> dict[tuple[str, str], Any]:
 ALLOWED_GLOBALS = _table()
 
 
-def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
-    """The tensors of a torch_dist checkpoint by key, from its `.metadata` file; byte objects are left out.
+@dataclass(frozen=True)
+class StoredObject:
+    """Where the pickle of an object lies: `[start, start + length)` of `file`."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What a torch_dist checkpoint holds, by key."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, StoredObject]
+
+
+def read_metadata(checkpoint: Contents) -> StoredState:
+    """What a torch_dist checkpoint holds, from its `.metadata` file.
 
     Raises UserError for a file that is missing, too large, hostile or inconsistent.
     """
@@ -79,12 +98,12 @@ def read_metadata(checkpoint: Contents) -> dict[str, StoredTensor]:
         raise UserError(f"{checkpoint.path} is not a torch_dist checkpoint: no {METADATA_FILE}")
     content = read_small(checkpoint, METADATA_FILE, limit=METADATA_LIMIT)
     try:
-        root = run(content, ALLOWED_GLOBALS)
+        root = run(content, lambda module, name: ALLOWED_GLOBALS.get((module, name)))
     # A damaged pickle raises nearly anything; whatever it is, the file is refused and the cause named.
     except Exception as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
     try:
-        return _stored_tensors(root)
+        return _stored_state(root)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not the metadata of a checkpoint: {one_line(error)}") from None
 
@@ -94,19 +113,22 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _stored_tensors(root: Any) -> dict[str, StoredTensor]:
+def _stored_state(root: Any) -> StoredState:
     if not isinstance(root, _Metadata):
         raise ValueError("it does not hold a Metadata record")
-    places = {}
+    places, objects = {}, {}
     for index, info in root.fields["storage_data"].items():
         if index.fields.get("offset") is not None:
             places[_text(index.fields["fqn"]), _sizes(index.fields["offset"])] = info.fields
+        else:
+            place = _text(info.fields["relative_path"]), _count(info.fields["offset"]), _count(info.fields["length"])
+            objects[_text(index.fields["fqn"])] = StoredObject(*place)
     tensors = {}
     for key, stored in root.fields["state_dict_metadata"].items():
         if isinstance(stored, _TensorStorage):
             tensors[_text(key)] = _stored_tensor(key, stored.fields, places)
     _check_places(tensors)
-    return tensors
+    return StoredState(tensors, objects)
 
 
 def _stored_tensor(key: str, fields: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
@@ -172,7 +194,7 @@ class StoredObjects:
     length: int
 
 
-def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | None = None) -> bytes:
+def metadata_bytes(tensors: dict[str, StoredTensor], objects: Sequence[StoredObjects] = ()) -> bytes:
     """`.metadata` for these tensors and objects, in the classes torch.distributed.checkpoint itself reads."""
     storage_data = {}
     state_dict_metadata: dict[str, dcp.STORAGE_TYPES] = {}
@@ -183,9 +205,9 @@ def metadata_bytes(tensors: dict[str, StoredTensor], objects: StoredObjects | No
             storage_data[dcp.MetadataIndex(key, chunk.offset)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
         properties = dcp.TensorProperties(dtype=stored.dtype)
         state_dict_metadata[key] = dcp.TensorStorageMetadata(properties, torch.Size(stored.shape), boxes)
-    if objects is not None:
-        for name in objects.names:
-            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(objects.file, 0, objects.length)
+    for alike in objects:
+        for name in alike.names:
+            storage_data[dcp.MetadataIndex(name)] = _StorageInfo(alike.file, 0, alike.length)
             state_dict_metadata[name] = dcp.BytesStorageMetadata()
     metadata = dcp.Metadata(state_dict_metadata, storage_data=storage_data, version="1.0.0")
     return pickle.dumps(metadata, protocol=4)

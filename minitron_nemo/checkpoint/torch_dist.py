@@ -7,7 +7,7 @@ A checkpoint is a folder: `.metadata` says for every global tensor which boxes (
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,12 +33,10 @@ from minitron_nemo.checkpoint.restricted_metadata import (
 from minitron_nemo.errors import UserError
 
 NOTHING_FILE = "nothing.pt"
-BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"  # what Megatron-Core has in the place of that file from 0.19 on
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
 
 
 class TorchDistReader:
@@ -51,8 +49,9 @@ class TorchDistReader:
     def __init__(self, folder: Place, *, sha256: Mapping[str, str] | None = None) -> None:
         contents = contents_of(folder)
         self.folder = contents.path
-        self._tensors = read_metadata(contents)
-        names = {chunk.file for stored in self._tensors.values() for chunk in stored.chunks}
+        stored = read_metadata(contents)
+        self._tensors, self.objects = stored.tensors, stored.objects
+        names = {chunk.file for tensor in self._tensors.values() for chunk in tensor.chunks}
         self._files = {name: self._file(contents, name) for name in sorted(names | set(sha256 or ()))}
         self._verified = {
             name: VerifiedFile(self._files[name], sha, label=self.folder / name) for name, sha in (sha256 or {}).items()
@@ -85,6 +84,11 @@ class TorchDistReader:
                 if part is not result:
                     result[shared.slices(box.offset)] = part
         return result
+
+    def check_whole(self, keys: Iterable[str]) -> None:
+        """Refuse, by name, the first of these tensors whose chunks do not cover it exactly once."""
+        for key in keys:
+            self._check_whole(key)
 
     def verify(self) -> None:
         """Refuse, by name, the first file whose bytes are not those that its SHA-256 stands for."""
@@ -227,10 +231,18 @@ class TorchDistWriter:
         return self._records
 
 
-def write_metadata(folder: str | Path, records: list[dict[str, Any]], *, nothings: Sequence[str] = ()) -> None:
-    """Complete a torch_dist folder: `.metadata`, `metadata.json` and `common.pt` for the chunks of all ranks.
+def write_metadata(
+    folder: str | Path,
+    records: list[dict[str, Any]],
+    *,
+    nothings: Sequence[str] = (),
+    common: Mapping[str, Any] | None = None,
+    common_is_object: bool = False,
+) -> None:
+    """Complete a torch_dist folder: `.metadata`, `metadata.json` and the common state for the chunks of all ranks.
 
-    `nothings` are names of objects that a reader asks for and that hold nothing.
+    `nothings` are names of objects that a reader asks for and that hold nothing. The common state is a file of its own,
+    which every Megatron-Core reads, or with `common_is_object` an object among the tensors, as 0.19 saves it.
     Raises AssertionError when the chunks do not cover every global tensor exactly.
     """
     folder = Path(folder)
@@ -244,10 +256,19 @@ def write_metadata(folder: str | Path, records: list[dict[str, Any]], *, nothing
     for key, stored in tensors.items():
         fault = coverage_fault(stored)
         assert fault is None, f"{key}: {fault}"
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKEND))
-    objects = None
+    objects = []
+    if common_is_object:
+        objects.append(_write_object(folder, "common_state.pt", dict(common or {}), [COMMON_OBJECT]))
+    else:
+        torch.save(dict(common or {}), folder / COMMON_FILE)
     if nothings:
-        torch.save([None], folder / NOTHING_FILE)  # Megatron keeps the objects of one name as a list
-        objects = StoredObjects(tuple(nothings), NOTHING_FILE, (folder / NOTHING_FILE).stat().st_size)
+        objects.append(_write_object(folder, NOTHING_FILE, None, nothings))
+    backend = BACKEND if common_is_object else BACKEND | COMMON_BACKEND
+    (folder / "metadata.json").write_text(json.dumps(backend))
     (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors, objects))
+
+
+def _write_object(folder: Path, file: str, value: Any, names: Sequence[str]) -> StoredObjects:
+    """A file with one object, which all of these names stand for."""
+    torch.save([value], folder / file)  # Megatron keeps the objects of one name as a list
+    return StoredObjects(tuple(names), file, (folder / file).stat().st_size)

@@ -1,10 +1,13 @@
 """A model's weights in torch_dist form: logical tensors by name over the stacked tensors that are stored.
 
-`.nemo` folders and training checkpoints both hold such a folder.
+`.nemo` folders, training checkpoints and the checkpoints of NeMo and Megatron all hold such a folder.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,22 +17,58 @@ from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.source import ShapedSource
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
-from minitron_nemo.shape.tensors import LAYER, LogicalTensor, TensorRow, logical_tensors, tensor_table
+from minitron_nemo.shape.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYER,
+    OUTPUT,
+    LogicalTensor,
+    TensorRow,
+    logical_tensors,
+    tensor_table,
+)
+
+# What a training run of others keeps beside the weights: nothing of it is part of a model.
+NO_WEIGHTS = re.compile(
+    r"(optimizer|optimizer_states|chained_\d+|opt_param_scheduler|rng_state|rerun_state_machine|iteration_state)\b.*"
+    r"|.*\._extra_state(/.*)?"
+)
 
 
-class TorchDistWeights(ShapedSource):
-    """The logical tensors of a model of shape `arch` in a torch_dist folder, the vocabulary's padding trimmed.
+class StackedTensors(Protocol):
+    """Tensors of a checkpoint by key, those of all layers stacked under one."""
 
-    Files that `sha256` lists are hashed while they are read, for `verify` to judge. Raises UserError, on opening, for a
-    tensor that is missing, extra, misshapen or of two dtypes; `source` is named in the message as what describes the
-    shape.
+    folder: Path
+
+    def keys(self) -> list[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def read(self, key: str, box: Box | None = None) -> Tensor: ...
+
+    def check_whole(self, keys: Iterable[str]) -> None: ...
+
+    def verify(self) -> None: ...
+
+
+class StackedWeights(ShapedSource):
+    """The logical tensors of a model of shape `arch` in stacked tensors, the vocabulary's padding trimmed.
+
+    `prefix` stands before each key. In a checkpoint `of_training` by others there may be what is no weight.
+    Raises UserError, on opening, for a tensor that is missing, extra, misshapen or of two dtypes; `source` is named in
+    the message as what describes the shape.
     """
 
-    def __init__(self, folder: Place, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, reader: StackedTensors, arch: ModelArch, *, source: str, prefix: str = "", of_training: bool = False
+    ) -> None:
         super().__init__(arch)
-        self.reader = TorchDistReader(folder, sha256=sha256)
+        self.reader, self.prefix, self.of_training = reader, prefix, of_training
         self._dtype = self._check(source)
 
     def dtype(self, name: str | None = None) -> torch.dtype:
@@ -39,7 +78,7 @@ class TorchDistWeights(ShapedSource):
     def read(self, name: str, box: Box | None = None) -> Tensor:
         logical = self.tensors[name]
         box = whole(self.shape(name)) if box is None else box
-        stored = self.reader.read(logical.row.key, stored_box(logical, box))
+        stored = self.reader.read(self.prefix + logical.row.key, stored_box(logical, box))
         return stored.reshape(box.size)
 
     def verify(self) -> None:
@@ -47,23 +86,42 @@ class TorchDistWeights(ShapedSource):
 
     def _check(self, source: str) -> torch.dtype:
         reader, rows = self.reader, tensor_table(self.arch)
+        keys = {row: self.prefix + row.key for row in rows}
         stored = set(reader.keys())
-        for row in rows:
+        if self.of_training:
+            stored -= {key for key in stored if NO_WEIGHTS.fullmatch(key)}
+        for row, key in keys.items():
             expected = stored_shape(row, self.arch)
-            if row.key not in stored:
-                raise UserError(f"{reader.folder}: tensor {row.key} is missing; {source} describes a model that has it")
-            found = reader.shape(row.key)
+            if key not in stored:
+                raise UserError(f"{reader.folder}: tensor {key} is missing; {source} describes a model that has it")
+            found = reader.shape(key)
             # Tensor parallelism pads the vocabulary: more rows than words are fine, fewer are not.
             padded = row.is_vocabulary and len(found) == 2 and found[0] >= expected[0]
             if (found[1:] != expected[1:]) if padded else (found != expected):
-                raise UserError(f"{reader.folder}: tensor {row.key} is {found}; {source} says {expected}")
-        if extra := sorted(stored - {row.key for row in rows}):
+                raise UserError(f"{reader.folder}: tensor {key} is {found}; {source} says {expected}")
+        if extra := sorted(stored - set(keys.values())):
             raise UserError(f"{reader.folder}: tensor {extra[0]} belongs to no part of the model in {source}")
-        dtype = reader.dtype(rows[0].key)
-        for row in rows:
-            if reader.dtype(row.key) != dtype:
-                raise UserError(f"{reader.folder}: tensor {row.key} is {reader.dtype(row.key)}, others are {dtype}")
+        dtype = reader.dtype(keys[rows[0]])
+        for key in keys.values():
+            if reader.dtype(key) != dtype:
+                raise UserError(f"{reader.folder}: tensor {key} is {reader.dtype(key)}, others are {dtype}")
+        reader.check_whole(keys.values())
         return dtype
+
+
+def vocabulary_rows(reader: StackedTensors, *, prefix: str = "") -> int:
+    """Rows of the embedding, its padding included; UserError where there is none."""
+    key = prefix + EMBEDDING
+    if key not in set(reader.keys()):
+        raise UserError(f"{reader.folder}: no tensor {key}; only models of the kind GPT are read")
+    return reader.shape(key)[0]
+
+
+class TorchDistWeights(StackedWeights):
+    """The same in a torch_dist folder of ours; files that `sha256` lists are hashed while they are read."""
+
+    def __init__(self, folder: Place, arch: ModelArch, *, source: str, sha256: Mapping[str, str] | None = None) -> None:
+        super().__init__(TorchDistReader(folder, sha256=sha256), arch, source=source)
 
 
 def stored_shape(row: TensorRow, arch: ModelArch) -> tuple[int, ...]:
@@ -95,22 +153,71 @@ def write_stream(
     *,
     arch: ModelArch,
     dtype: torch.dtype,
+    layout: Layout | None = None,
+    prefix: str = "",
+    common: Mapping[str, Any] | None = None,
+    common_is_object: bool = False,
     file: HashingFile | None = None,
 ) -> dict[str, str]:
-    """Write every logical tensor of a model, one chunk each and stored as `dtype`, as a whole torch_dist folder.
+    """Write every logical tensor of a model, stored as `dtype`, as a whole torch_dist folder.
 
-    Returns the SHA-256 of the files of weights by name. `file` is where they go when not into the folder. Raises
-    AssertionError for a tensor of another shape than the model's, and when some are missing at the end.
+    Each of the ranks of `layout` (one without it) has a file with the boxes that it would hold, so that it reads its
+    own; the vocabulary is not padded. `prefix` stands before each key; `common` is the common state. `file` is where
+    the only rank writes when not into the folder.
+
+    Returns the SHA-256 of the files of weights by name. Raises AssertionError for a tensor of another shape than the
+    model's, and when some are missing at the end.
     """
-    writer = TorchDistWriter(folder, file=file)
-    missing = logical_tensors(arch)
-    for name, tensor in tensors:
-        logical = missing.pop(name)
-        shape = logical.shape(arch)
-        assert tuple(tensor.shape) == shape, f"{name}: got {tuple(tensor.shape)}, expected {shape}"
-        box = stored_box(logical, whole(shape))
-        chunk = tensor.to(dtype).reshape(box.size)
-        writer.write(logical.row.key, chunk, global_shape=stored_shape(logical.row, arch), offset=box.offset)
-    assert not missing, f"{next(iter(missing))} and {len(missing) - 1} more tensors did not come"
-    write_metadata(folder, writer.close(), nothings=extra_states(arch))
-    return {writer.name: writer.sha256}
+    missing, layout = logical_tensors(arch), layout or Layout()
+    assert file is None or layout.model_ranks == 1, "one file takes what one rank writes"
+    holders = _Holders(arch, layout)
+    writers: dict[int, TorchDistWriter] = {}
+    with ExitStack() as stack:
+        for name, tensor in tensors:
+            logical = missing.pop(name)
+            shape = logical.shape(arch)
+            assert tuple(tensor.shape) == shape, f"{name}: got {tuple(tensor.shape)}, expected {shape}"
+            tensor = tensor.to(dtype)
+            for rank, box in holders.of(logical):
+                if rank not in writers:
+                    writers[rank] = TorchDistWriter(folder, rank=rank, file=file)
+                    stack.callback(writers[rank].close)
+                place = stored_box(logical, box)
+                chunk, global_shape = tensor[box.slices()].reshape(place.size), stored_shape(logical.row, arch)
+                writers[rank].write(prefix + logical.row.key, chunk, global_shape=global_shape, offset=place.offset)
+        assert not missing, f"{next(iter(missing))} and {len(missing) - 1} more tensors did not come"
+        records = [record for writer in writers.values() for record in writer.close()]
+    nothings = [prefix + name for name in extra_states(arch)]
+    write_metadata(folder, records, nothings=nothings, common=common, common_is_object=common_is_object)
+    return {writer.name: writer.sha256 for writer in writers.values()}
+
+
+class _Holders:
+    """Which ranks of a layout, without its copies over data parallelism, hold which boxes of a model."""
+
+    def __init__(self, arch: ModelArch, layout: Layout) -> None:
+        layout.check(arch, setting="tensor_model_parallel_size")
+        self.arch, self.layout = arch, layout
+        chunks = enumerate(layout.stages(arch.num_layers))
+        self.stages = [chunk % layout.pp for chunk, count in chunks for _ in range(count)]
+
+    def of(self, logical: LogicalTensor) -> Iterator[tuple[int, Box]]:
+        """(rank, box of the tensor); a tensor that all tensor-parallel ranks hold whole is the first one's."""
+        tp, shape, dim = self.layout.tp, logical.shape(self.arch), logical.row.split
+        first = self._stage(logical) * tp
+        if dim is None or tp == 1:
+            yield first, whole(shape)
+            return
+        padded = self.layout.padded_vocab_size(self.arch) if logical.row.is_vocabulary else shape[dim]
+        for rank in range(tp):
+            for piece in logical.row.dims[dim].tensor_parallel_pieces(padded // tp, rank=rank, tp=tp):
+                length = min(piece.length, shape[dim] - piece.start)
+                if length > 0:
+                    offset = [piece.start if at == dim else 0 for at in range(len(shape))]
+                    size = [length if at == dim else full for at, full in enumerate(shape)]
+                    yield first + rank, Box(tuple(offset), tuple(size))
+
+    def _stage(self, logical: LogicalTensor) -> int:
+        if logical.layer is not None:
+            return self.stages[logical.layer]
+        return self.layout.pp - 1 if logical.row.key.startswith((FINAL_NORM, OUTPUT)) else 0

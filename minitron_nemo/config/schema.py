@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from minitron_nemo.config.blocks import ScoreBlocksConfig
+from minitron_nemo.config.convert import ConvertConfig
+from minitron_nemo.config.export import ExportHfConfig
 from minitron_nemo.config.hidden_states import HiddenStatesConfig
 from minitron_nemo.config.importance import CompareImportanceConfig, EstimateImportanceConfig, MergeImportanceConfig
 from minitron_nemo.config.parallel import MAX_RANKS, ParallelConfig
@@ -354,14 +356,6 @@ class EvaluateConfig:
 
 
 @dataclass
-class ExportHfConfig:
-    """A folder that `transformers` opens."""
-
-    checkpoint: str | None = path("model to export", place="student.nemo")
-    output: str | None = path("Hugging Face folder", place="{checkpoint}_hf")
-
-
-@dataclass
 class StepConfig:
     recipe: str = setting(MISSING, "a file of `recipes/`, without `.py`")
     name: str | None = setting(None, "what the log calls the step; null: the recipe")
@@ -435,6 +429,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_hf: ExportHfConfig = field(default_factory=ExportHfConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 

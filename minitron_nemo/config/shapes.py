@@ -52,6 +52,8 @@ class ModelConfig:
     rotary_percent: float = setting(1.0, "rotated part of each head", above=0, at_most=1)
     rope_scaling: RopeScalingConfig | None = setting(None, "Llama-3 scaling of the rotary frequencies; null: none")
     share_embeddings_and_output_weights: bool = setting(False, "one table for input and output")
+    add_qkv_bias: bool = setting(False, "biases on queries, keys and values (Qwen2)", later=True)
+    qk_layernorm: bool = setting(False, "a norm over the channels of each query and key (Qwen3)", later=True)
 
     def arch(self) -> ModelArch:
         values = dataclasses.asdict(self)

@@ -8,12 +8,16 @@ from typing import Any
 from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.artefacts.strict_json import parse_json
+from minitron_nemo.artefacts.upstream import LICENCE_FILES, UPSTREAM_FILE
 from minitron_nemo.data.tokenizer import open_backend
 from minitron_nemo.data.vocabulary import bpe_of, is_id_key, read_vocabulary
 from minitron_nemo.errors import UserError
 
-# Written as they are: they name tokens by their text. tokenizer.model and vocab.txt cannot follow and are left out.
-WITHOUT_IDS = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+# Written as they are: they name tokens by their text, or none. tokenizer.model and vocab.txt cannot follow and are left
+# out.
+WITHOUT_IDS = (
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json", UPSTREAM_FILE, *LICENCE_FILES
+)  # fmt: skip
 FILTERED = ("suppress_tokens", "begin_suppress_tokens")
 Ids = Mapping[int, int]  # old id -> new id
 

@@ -77,7 +77,10 @@ class BuildOptions:
 
 
 def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerConfig:
-    """Megatron's configuration of this shape under this layout; dropout and biases are off in every family."""
+    """Megatron's configuration of this shape under this layout.
+
+    Dropout is off in every family, and so are biases but for those of queries, keys and values.
+    """
     groups, layout = options.groups, options.groups.layout
     extra: dict[str, Any] = {}
     if layout.pp > 1:
@@ -99,6 +102,8 @@ def transformer_config(arch: ModelArch, options: BuildOptions) -> TransformerCon
         gated_linear_unit=arch.is_gated,
         activation_func=torch.nn.functional.silu if arch.is_gated else squared_relu,
         add_bias_linear=False,
+        add_qkv_bias=arch.add_qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -166,13 +171,16 @@ def _block_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """What fills the slots of the layers: Transformer Engine's modules, else Megatron's with our norm and attention."""
     if has_transformer_engine(options.groups.device):
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if options.reset_attention_mask:  # Transformer Engine's attention goes by a mask's kind, not by its values
             layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
         return layer
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
 

@@ -57,10 +57,14 @@ class PlainModel:
         """What the attention of a layer adds to the residual stream: causal, grouped queries, rotary positions."""
         arch, name = self.arch, f"{LAYER}.{layer}.self_attention"
         z_BSH = self._norm(f"{name}.linear_qkv.layer_norm_", x_BSH)
-        fused = self._product(z_BSH, f"{name}.linear_qkv.weight")
+        fused = self._product(z_BSH, f"{name}.linear_qkv.weight", bias=arch.add_qkv_bias)
         # The rows of a group: its queries, its key, its value.
         fused_BSGbD = fused.unflatten(-1, (arch.num_query_groups, arch.heads_per_group + 2, arch.kv_channels))
         q_BSGQD, k_BSGD, v_BSGD = fused_BSGbD[..., :-2, :], fused_BSGbD[..., -2, :], fused_BSGbD[..., -1, :]
+        if arch.qk_layernorm:
+            q_BSGQD, k_BSGD = (
+                self._over_channels(f"{name}.{which}_layernorm.", x) for which, x in (("q", q_BSGQD), ("k", k_BSGD))
+            )
         q_BNSD = self._rotate(q_BSGQD.flatten(2, 3).transpose(1, 2).to(self.wide))
         k_BGSD = self._rotate(k_BSGD.transpose(1, 2).to(self.wide))
         heads_BNSD = functional.scaled_dot_product_attention(
@@ -101,6 +105,11 @@ class PlainModel:
         bias_H = self._read(f"{name}bias").to(self.wide)
         return functional.layer_norm(x_BSH, size, 1 + weight_H, bias_H, self.arch.norm_epsilon).to(self.dtype)
 
+    def _over_channels(self, name: str, x_D: Tensor) -> Tensor:
+        """The norm of queries or keys, over the channels of each head."""
+        weight_D = self._read(f"{name}weight").to(self.wide)
+        return functional.rms_norm(x_D.to(self.wide), weight_D.shape, weight_D, self.arch.norm_epsilon).to(self.dtype)
+
     def _heads(self, layer: int, heads_BSND: Tensor) -> Tensor:
         """Outputs of the query heads on their way to the output projection."""
         return heads_BSND
@@ -122,8 +131,10 @@ class PlainModel:
         a, b, rest = x_BNSD.split((half, half, x_BNSD.shape[-1] - 2 * half), dim=-1)
         return torch.cat((a * cos_SR - b * sin_SR, b * cos_SR + a * sin_SR, rest), dim=-1)
 
-    def _product(self, x: Tensor, name: str) -> Tensor:
-        return functional.linear(x.to(self.wide), self._read(name).to(self.wide)).to(self.dtype)
+    def _product(self, x: Tensor, name: str, *, bias: bool = False) -> Tensor:
+        weight = self._read(name).to(self.wide)
+        added = self._read(name.removesuffix("weight") + "bias").to(self.wide) if bias else None
+        return functional.linear(x.to(self.wide), weight, added).to(self.dtype)
 
     def _read(self, name: str, box: Box | None = None) -> Tensor:
         return self.source.read(name, box).to(self.device)

@@ -37,7 +37,7 @@ class Making:
 
 def makings(run_dir: Path, names: Sequence[str], curves: Mapping[str, Records]) -> dict[str, Making]:
     """How each of these models of a run was made."""
-    folders = _folders_by_hash(run_dir)
+    folders = folders_by_hash(run_dir)
     found = {}
     for name in names:
         manifest = read_manifest(run_dir / f"{name}.nemo", kind="model")
@@ -65,11 +65,12 @@ def reference_of(run_dir: Path, names: Sequence[str]) -> str:
     if len(found) != 1:
         return ""
     sha = found.pop()
-    folder = _folders_by_hash(run_dir).get(sha)
+    folder = folders_by_hash(run_dir).get(sha)
     return folder.name.removesuffix(".nemo") if folder else f"a model of another run ({sha[:12]})"
 
 
-def _folders_by_hash(run_dir: Path) -> dict[str, Path]:
+def folders_by_hash(run_dir: Path) -> dict[str, Path]:
+    """The models of a run by the SHA-256 of their manifests."""
     return {
         manifest_sha256(path): path for path in sorted(run_dir.glob("*.nemo")) if has(contents_of(path), MANIFEST_FILE)
     }

@@ -8,11 +8,14 @@ from typing import Any
 from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.limits import check_fields
 
-FAMILIES = ("llama", "mistral", "nemotron")
+FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "qwen3")
 ACTIVATIONS = ("swiglu", "squared_relu")
 NORMALIZATIONS = ("RMSNorm", "LayerNorm1p")
 # Families that transformers 5 opens only when the hidden size is a multiple of the heads, whatever `head_dim` says.
 WHOLE_HEADS = ("llama",)
+
+# Fields that no file of schema version 1 has.
+LATER = ("add_qkv_bias", "qk_layernorm")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class ModelArch:
 
     `num_attention_heads` query heads of `kv_channels` channels share `num_query_groups` key/value heads;
     `kv_channels` is always explicit because width pruning keeps it while `hidden_size` shrinks.
-    `seq_length` is the longest position the model was made for.
+    `seq_length` is the longest position the model was made for. `add_qkv_bias`: queries, keys and values have biases;
+    `qk_layernorm`: the channels of each query and key head go through a norm, which all heads of a layer share, before
+    they are turned.
     """
 
     num_layers: int
@@ -57,6 +62,8 @@ class ModelArch:
     rotary_percent: float = 1.0
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,6 +77,11 @@ class ModelArch:
         for name, allowed in (("family", FAMILIES), ("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={shown(getattr(self, name))}: allowed are {', '.join(allowed)}")
+        for name in ("share_embeddings_and_output_weights", *LATER):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r}: must be true or false")
+        if self.qk_layernorm and self.normalization != "RMSNorm":
+            raise UserError(f"qk_layernorm=true: needs normalization=RMSNorm, not {self.normalization}")
 
     @property
     def is_gated(self) -> bool:
@@ -102,6 +114,7 @@ class ModelArch:
         """Every weight, both embedding tables included (a tied table once)."""
         norm = self.hidden_size * (2 if self.has_norm_bias else 1)
         layer = self.hidden_size * (self.qkv_size + self.query_size + self.fc1_size + self.ffn_hidden_size) + 2 * norm
+        layer += self.qkv_size * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
         return self.num_layers * layer + norm + self.num_embedding_params()
 
     def num_embedding_params(self) -> int:
@@ -135,7 +148,9 @@ class ModelArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data, without `LATER` fields at their default: files and fingerprints from before them stay valid."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value or name not in LATER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = "model config") -> "ModelArch":

@@ -53,11 +53,14 @@ FFN = Plain("ffn_hidden_size")
 FFN_GATED = Gated("ffn_hidden_size")
 HEADS = Heads()
 QKV = GroupedQuery()
+CHANNELS = Plain("kv_channels")
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm"
 LAYER = "decoder.layers"
+QKV_BIAS = f"{LAYER}.self_attention.linear_qkv.bias"
+HEAD_NORMS = tuple(f"{LAYER}.self_attention.{head}_layernorm.weight" for head in ("q", "k"))
 
 
 def tensor_table(arch: ModelArch) -> tuple[TensorRow, ...]:
@@ -69,6 +72,8 @@ def tensor_table(arch: ModelArch) -> tuple[TensorRow, ...]:
         TensorRow(EMBEDDING, (VOCAB, HIDDEN), per_layer=False, split=0),
         *norms(f"{LAYER}.self_attention.linear_qkv.layer_norm", True),
         TensorRow(f"{LAYER}.self_attention.linear_qkv.weight", (QKV, HIDDEN), per_layer=True, split=0),
+        *([TensorRow(QKV_BIAS, (QKV,), per_layer=True, split=0)] if arch.add_qkv_bias else []),
+        *(TensorRow(key, (CHANNELS,), per_layer=True) for key in HEAD_NORMS if arch.qk_layernorm),
         TensorRow(f"{LAYER}.self_attention.linear_proj.weight", (HIDDEN, HEADS), per_layer=True, split=1),
         *norms(f"{LAYER}.mlp.linear_fc1.layer_norm", True),
         TensorRow(f"{LAYER}.mlp.linear_fc1.weight", (fc1, HIDDEN), per_layer=True, split=0),

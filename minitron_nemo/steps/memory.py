@@ -24,11 +24,11 @@ CONTEXTS = 1.5 * 2**30  # bytes on a GPU for CUDA, cuBLAS and NCCL: a round figu
 def kept_by_layer(arch: ModelArch, layout: Layout, *, recomputed: Sequence[str] = ()) -> float:
     """Elements that a layer keeps of each token until its backward pass, without those of its parts `recomputed`.
 
-    Its input, the normed input and its norm's parts, the queries, keys and values before and
-    after the rotation, the attention and its copy for the projection, the same of the second norm, and the MLP's
-    gates, activations and products.
+    Its input, the normed input and its norm's parts, the queries, keys and values before and after the rotation (and
+    between norm and rotation, where queries and keys have norms), the attention and its copy for the projection, the
+    same of the second norm, and the MLP's gates, activations and products.
     """
-    rotated = arch.query_size + arch.num_query_groups * arch.kv_channels
+    rotated = (arch.query_size + arch.num_query_groups * arch.kv_channels) * (2 if arch.qk_layernorm else 1)
     attention = arch.query_size if "core_attn" in recomputed else 2 * arch.query_size
     mlp = 0 if "mlp" in recomputed else arch.fc1_size + 2 * arch.ffn_hidden_size
     # Of keys and values those of the whole sequence, gathered from all context-parallel ranks.

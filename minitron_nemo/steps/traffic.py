@@ -14,7 +14,7 @@ from minitron_nemo.distributed.beside import Beside
 from minitron_nemo.distributed.flat import FlatLayer
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.losses.softmaxes import COLUMNS, STUDENT_COLUMNS
-from minitron_nemo.shape.tensors import tensor_table
+from minitron_nemo.shape.tensors import HEAD_NORMS, tensor_table
 from minitron_nemo.steps.stages import Stages
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, SEND = "all-gather", "reduce-scatter", "all-reduce", "send"
@@ -137,8 +137,7 @@ class Step:
             _add(found, layout, "batch", ALL_GATHER, self.element_bytes * parameters)
         else:
             _add(found, layout, "batch", ALL_REDUCE, 4 * parameters)
-        if layout.sequence_parallel:
-            _add(found, layout, "tp", ALL_REDUCE, 4 * _replicated(student, stage))
+        _add(found, layout, "tp", ALL_REDUCE, 4 * _in_parts(student, stage))
         if arch.share_embeddings_and_output_weights and stage in (0, layout.pp - 1) and layout.pp > 1:
             rows = layout.padded_vocab_size(arch) // layout.tp
             found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 4 * rows * arch.hidden_size, 2)
@@ -153,11 +152,13 @@ def _columns_and_rows(found: Traffic, layout: Layout, hidden: float) -> None:
         _add(found, layout, "tp", ALL_REDUCE, hidden)
 
 
-def _replicated(student: Stages, stage: int) -> int:
-    """Elements of the parameters of a stage that every tensor-parallel rank has whole: the norms."""
+def _in_parts(student: Stages, stage: int) -> int:
+    """Elements of the parameters of a stage that every tensor-parallel rank has whole, and a part of whose gradient:
+    norms where each has a part of the sequence, and those of queries and keys, as each has heads of its own.
+    """
     last, total = stage == student.layout.pp - 1, 0
     for row in tensor_table(student.arch):
-        if row.split is None:
+        if row.split is None and (student.layout.sequence_parallel or row.key in HEAD_NORMS):
             size = math.prod(row.shape(student.arch))
             total += size * (student.layers_of(stage) if row.per_layer else last)
     return total

@@ -21,6 +21,7 @@ from minitron_nemo.pruning.make_plan import make_plan
 from minitron_nemo.pruning.plan import PruningPlan, identity
 from minitron_nemo.shape.axes import AXES, shrink
 from minitron_nemo.shape.packing import Packing
+from minitron_nemo.shape.tensors import HIDDEN
 from minitron_nemo.testing import ALONE, LAYOUTS, TINY, random_batch, random_nemo, run_layout
 
 NUM_SAMPLES = 4
@@ -114,7 +115,7 @@ class Masked(ShapedSource):
             removed = torch.ones(tensor.shape[dimension], dtype=torch.bool)
             removed[self.kept(dim, place)] = False
             tensor.index_fill_(dimension, removed.nonzero()[:, 0], 0.0)
-        return tensor * math.sqrt(self.ratio) if tensor.dim() == 1 and self.ratio < 1 else tensor
+        return tensor * math.sqrt(self.ratio) if logical.row.dims == (HIDDEN,) and self.ratio < 1 else tensor
 
     def kept(self, dim: Packing, place: int | None) -> Tensor | slice:
         units = {axis: torch.tensor(self.plan.units(axis, place)) for axis in dim.axes if axis in AXES}

@@ -20,9 +20,11 @@ from minitron_nemo.testing import ALONE, LAYOUTS, run_layout
 # sequences longer than that make every branch of the scaling count; 4 heads of 12 channels are not 32.
 MODELS = {
     "llama": ("llama", {}),
-    "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 4.0}}),
+    "llama32": ("llama", {"tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 32.0}}),
     "mistral": ("mistral", {}),
     "nemotron": ("nemotron", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
 }
 
 

@@ -24,7 +24,8 @@ from minitron_nemo.training.state import TrainState
 
 SEQ, MICRO = 64, 2
 MODELS = {name: dataclasses.replace(arch, num_layers=3) for name, arch in
-          {"llama": LLAMA, "tied": MISTRAL, "nemotron": NEMOTRON}.items()}  # fmt: skip
+          {"llama": LLAMA, "tied": dataclasses.replace(MISTRAL, add_qkv_bias=True, qk_layernorm=True),
+           "nemotron": NEMOTRON}.items()}  # fmt: skip
 LAYOUTS = {"alone": ALONE, "tp2_sp": Layout(tp=2, sequence_parallel=True), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
 
 

@@ -26,7 +26,8 @@ TARGETS = {
     "everything": {"num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 32, "num_attention_heads": 2,
                    "num_query_groups": 2, "vocab_size": 90},
 }  # fmt: skip
-MODELS = {"llama": ("llama", {}), "tied": ("mistral", {"tie_word_embeddings": True}), "nemotron": ("nemotron", {})}
+MODELS = {"llama": ("llama", {}), "tied": ("mistral", {"tie_word_embeddings": True}), "nemotron": ("nemotron", {}),
+          "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {})}  # fmt: skip
 
 
 def random_plan(arch: ModelArch, target: ModelArch, *, seed: int) -> PruningPlan:
@@ -66,7 +67,11 @@ def by_hand(state: dict[str, Tensor], plan: PruningPlan) -> dict[str, Tensor]:
             if not name.startswith(f"model.layers.{layer}."):
                 continue
             part = name.split(".")[-2]
-            if part in rows:
+            if name.endswith("_proj.bias"):
+                tensor = tensor[rows[part]]
+            elif part in ("q_norm", "k_norm"):
+                pass  # the channels of a head stay
+            elif part in rows:
                 tensor = tensor[rows[part]][:, hidden]
             elif part in columns:
                 tensor = tensor[hidden][:, columns[part]]
@@ -95,7 +100,8 @@ def smaller_config(folder: Path, plan: PruningPlan):
     return AutoConfig.from_pretrained(
         folder, num_hidden_layers=plan.target.num_layers, hidden_size=plan.target.hidden_size,
         intermediate_size=plan.target.ffn_hidden_size, num_attention_heads=plan.target.num_attention_heads,
-        num_key_value_heads=plan.target.num_query_groups, vocab_size=plan.target.vocab_size, layer_types=None,
+        num_key_value_heads=plan.target.num_query_groups, vocab_size=plan.target.vocab_size,
+        layer_types=["full_attention"] * plan.target.num_layers,
     )  # fmt: skip
 
 

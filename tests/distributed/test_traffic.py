@@ -15,7 +15,7 @@ from minitron_nemo.engine.model import BuildOptions, build_model
 from minitron_nemo.engine.weights import load_weights
 from minitron_nemo.losses.lm_head import HeadLoss
 from minitron_nemo.steps.stages import Stages
-from minitron_nemo.steps.traffic import ALL_GATHER, REDUCE_SCATTER, Step
+from minitron_nemo.steps.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Step, sent
 from minitron_nemo.testing import LLAMA, MISTRAL, random_nemo, run_layout
 from minitron_nemo.training.objectives import DistillationObjective, batch_sums
 from minitron_nemo.training.state import TrainState
@@ -74,3 +74,14 @@ def test_a_step_sends_what_is_said(layout, tmp_path):
                 wanted["batch", kind] += wanted.pop(("cp", kind), 0)
         wanted = {key: size for key, size in wanted.items() if size}
         assert {(group, kind): size for group, kind, size in found} == pytest.approx(wanted, rel=0.01)
+
+
+def test_each_rank_has_a_part_of_the_gradients_of_the_norms_of_queries_and_keys():
+    """As it has heads of its own; the few bytes are too few for the counts above to notice."""
+    for layout in (LAYOUTS["tp2"], LAYOUTS["tp2_sp_recomputed"]):
+        with_norms, without = (
+            Step(SEQ_LENGTH, 1).of_student(Stages(arch, layout, [3]), 0, with_teacher=False)
+            for arch in (dataclasses.replace(STUDENTS[1], qk_layernorm=True), STUDENTS[1])
+        )
+        more = with_norms["tp", ALL_REDUCE] - without["tp", ALL_REDUCE]
+        assert more == sent(ALL_REDUCE, 3 * 2 * STUDENTS[1].kv_channels * 4, 2)

@@ -22,10 +22,11 @@ from minitron_nemo.training.objectives import DistillationObjective, LanguageMod
 from minitron_nemo.training.state import TrainState
 
 STEPS, GLOBAL_BATCH, SEQ_LENGTH = 8, 2, 8
+QWEN = {"add_qkv_bias": True, "qk_layernorm": True}  # both families' tensors in one model
 # A student of three layers never divides over two stages; its teacher is deeper, wider and split the other way round.
 ARCHS = {
     "llama": dataclasses.replace(LLAMA, num_layers=3),
-    "tied": dataclasses.replace(MISTRAL, num_layers=3),
+    "tied": dataclasses.replace(MISTRAL, num_layers=3, **QWEN),
     "nemotron": dataclasses.replace(NEMOTRON, num_layers=3),
     "teacher": dataclasses.replace(LLAMA, num_layers=5, hidden_size=64),
 }

@@ -199,7 +199,7 @@ FAULTS = [
     Fault(
         HF_CONFIG,
         "another activation is taken for the family's",
-        find="!= HIDDEN_ACT[family]:",
+        find="!= family.hidden_act:",
         replace="is None:",
         tests=f"{TEST_HF_CONFIG} -k not_supported",
     ),

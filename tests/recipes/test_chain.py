@@ -148,7 +148,7 @@ def test_students_learn_the_hidden_states_of_the_layers_that_they_were(chain):
 def test_importance_says_what_it_was_heard_on_and_keeps_nothing_beside_it(chain):
     run_dir, _ = chain
     sums, scores = read_sums(run_dir / "importance"), read_scores(run_dir / "importance")
-    model = open_nemo(run_dir / "corrected_teacher.nemo")
+    model = open_nemo(run_dir / "packed.nemo")
     assert (sums.heard.model, sums.heard.tokenizer) == (model.sha256, load_tokenizer(model.tokenizer).fingerprint)
     assert (sums.heard.data, sums.num_samples, sums.heard.precision) == (scores.data_fingerprint, 4, "fp32")
     assert all(torch.equal(scores[axis], anew) for axis, anew in sums.finish("l2").items())
@@ -163,7 +163,7 @@ def test_every_artefact_is_whole_and_names_its_parents(chain):
     student = manifests["width_student.nemo"]
     assert student.parents == {
         "student": open_nemo(run_dir / "width_pruned.nemo").sha256,
-        "teacher": open_nemo(run_dir / "corrected_teacher.nemo").sha256,
+        "teacher": open_nemo(run_dir / "packed.nemo").sha256,
     }
     assert not list(run_dir.glob("*.tmp-*")), "leftovers of the kill"
 

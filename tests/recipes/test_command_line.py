@@ -18,8 +18,8 @@ from minitron_nemo.shape.arch import billions
 from minitron_nemo.steps.execute import execute
 from recipes.pipeline import main as run_pipeline
 
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "pipeline")
-CONFIGS = sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem not in ("pipeline", "audit"))
+CONFIGS = sorted(path.stem for path in CONF_DIR.glob("*.yaml") if path.stem != "convert")  # which has no model
 
 
 def recipe(name):

@@ -237,7 +237,7 @@ def test_the_given_folder_is_looked_in_first_and_conf_after_it(start, runs, mine
 # Refusals
 
 REFUSED = [
-    ((), "--config-name is missing: available are llama31_depth"),
+    ((), "--config-name is missing: available are convert, llama31_depth"),
     (("--config-name", "nope"), "llama31_width"),
     (("--config-name",), "expected one argument"),
     ((*NAME, "--bogus"), "--bogus"),

@@ -18,16 +18,21 @@ LLAMA = {
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 NEMOTRON = {**LLAMA, "architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "hidden_act": "relu2",
             "norm_eps": 1e-5}  # fmt: skip
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False,
+         "sliding_window": 32, "max_window_layers": 1}  # fmt: skip
+QWEN3 = {**QWEN2, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 12}
 SCALING = RopeScaling(8.0, 1.0, 4.0, 32)
 
 
-def test_each_family_brings_its_activation_and_norm():
+def test_each_family_brings_its_activation_norms_and_biases():
     assert arch_from_config(LLAMA) == ModelArch(2, 32, 48, 4, 2, 8, 131, 64)
     assert arch_from_config(MISTRAL) == ModelArch(2, 32, 48, 4, 2, 8, 131, 64, family="mistral")
     assert arch_from_config(NEMOTRON) == ModelArch(
         2, 32, 48, 4, 2, 8, 131, 64, family="nemotron", activation="squared_relu", normalization="LayerNorm1p",
         rotary_percent=0.5,
     )  # fmt: skip
+    assert arch_from_config(QWEN2) == ModelArch(2, 32, 48, 4, 2, 8, 131, 64, family="qwen2", add_qkv_bias=True)
+    assert arch_from_config(QWEN3) == ModelArch(2, 32, 48, 4, 2, 12, 131, 64, family="qwen3", qk_layernorm=True)
 
 
 def test_rope_is_the_same_in_the_new_and_the_old_writing():
@@ -58,15 +63,14 @@ def test_partial_rotary_factor_is_read_at_both_places():
 
 
 def test_absent_fields_mean_what_transformers_takes():
-    from transformers import LlamaConfig, MistralConfig, NemotronConfig
+    from transformers import AutoConfig
 
-    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "nemotron": NemotronConfig}
     needed = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
               "max_position_embeddings")  # fmt: skip
-    for config in (LLAMA, MISTRAL, NEMOTRON):
-        sparse = {name: config[name] for name in needed} | {"num_attention_heads": 8, "sliding_window": None}
-        full = classes[config["model_type"]](**sparse).to_dict()
-        assert arch_from_config(sparse) == arch_from_config(full)
+    for config in (LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3):
+        sparse = {name: config[name] for name in needed} | {"num_attention_heads": 32, "sliding_window": None}
+        full = AutoConfig.for_model(**sparse).to_dict()
+        assert arch_from_config(sparse) == arch_from_config(full), config["model_type"]
 
 
 def test_head_dim_is_taken_as_given_and_else_divided():
@@ -79,7 +83,13 @@ def test_head_dim_is_taken_as_given_and_else_divided():
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (LLAMA, {"model_type": "qwen2"}, "model_type='qwen2': supported are llama, mistral, nemotron"),
+        (LLAMA, {"model_type": "gemma"}, "model_type='gemma': supported are llama, mistral, nemotron, qwen2, qwen3"),
+        (LLAMA, {"model_type": "qwen2"}, "architectures="),
+        (QWEN2, {"use_sliding_window": True}, "sliding_window=32"),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        (QWEN3, {"attention_bias": True}, "attention_bias=True"),
+        (QWEN2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: qwen2"),
         (LLAMA, {"model_type": ["llama"]}, "model_type="),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
         (LLAMA, {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map="),
@@ -131,10 +141,12 @@ ARCHES = [
     ModelArch(3, 32, 48, 4, 4, 8, 131, 9000, family="mistral", norm_epsilon=1e-6),
     ModelArch(2, 32, 48, 4, 2, 8, 131, 64, family="nemotron", activation="squared_relu",
               normalization="LayerNorm1p", rotary_percent=0.25),
+    ModelArch(2, 32, 48, 4, 2, 8, 131, 64, family="qwen2", add_qkv_bias=True, rotary_base=1e6),
+    ModelArch(2, 32, 48, 4, 2, 12, 131, 64, family="qwen3", qk_layernorm=True, rotary_base=1e6),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ARCHES, ids=["llama3", "tied", "mistral", "nemotron"])
+@pytest.mark.parametrize("arch", ARCHES, ids=["llama3", "tied", "mistral", "nemotron", "qwen2", "qwen3"])
 @pytest.mark.parametrize("is_nested", [True, False])
 def test_the_written_config_reads_back_as_the_same_shape(arch, is_nested):
     base = {"model_type": arch.family, "rope_parameters": {}} if is_nested else None
@@ -153,3 +165,19 @@ def test_a_pruned_shape_keeps_the_harmless_fields_of_its_source():
     assert config["layer_types"] == ["full_attention"]
     assert config["torch_dtype"] == "float32"
     assert "dtype" not in config
+
+
+def test_a_window_of_qwen_counts_only_where_the_config_says_so():
+    assert arch_from_config({**QWEN2, "use_sliding_window": True, "sliding_window": 64}).seq_length == 64
+    written = config_from_arch(arch_from_config(QWEN3), dtype=torch.float32, base=QWEN3)
+    assert (written["use_sliding_window"], written["head_dim"]) == (False, 12)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("llama", "add_qkv_bias"), ("llama", "qk_layernorm"), ("qwen2", "add_qkv_bias"), ("qwen3", "qk_layernorm")],
+)
+def test_a_shape_that_no_model_of_its_family_has_is_not_written_as_one(family, part):
+    arch = ModelArch(2, 32, 48, 4, 2, 8, 131, 64, family=family, **{part: family == "llama"})
+    with pytest.raises(UserError, match=f"{part}={family == 'llama'}: no .*ForCausalLM has that"):
+        config_from_arch(arch, dtype=torch.float32)

@@ -18,8 +18,14 @@ from minitron_nemo.pruning.cut import PrunedSource
 from minitron_nemo.pruning.plan import PruningPlan, identity, num_rows, read_plan
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.axes import AXES, Axis, blocks_first, shrink
+from minitron_nemo.shape.tensors import HIDDEN
 
-FAMILIES = {"llama": ("swiglu", "RMSNorm"), "nemotron": ("squared_relu", "LayerNorm1p")}
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "nemotron": {"activation": "squared_relu", "normalization": "LayerNorm1p"},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True},
+}
 CUTS: Counter[str] = Counter()  # axis -> plans drawn that make it smaller
 
 
@@ -31,12 +37,11 @@ def shapes(draw: st.DrawFn, *, least: int = 1) -> ModelArch:
         return draw(st.integers(least, largest))
 
     family = draw(st.sampled_from(sorted(FAMILIES)))
-    activation, normalization = FAMILIES[family]
     groups = small(4)
     return ModelArch(
         family=family, num_layers=small(3), hidden_size=2 * small(5), ffn_hidden_size=small(12),
         num_attention_heads=groups * small(4), num_query_groups=groups, kv_channels=2 * small(2),
-        vocab_size=3 + small(9), seq_length=16, activation=activation, normalization=normalization,
+        vocab_size=3 + small(9), seq_length=16, **FAMILIES[family],
         share_embeddings_and_output_weights=family == "llama" and draw(st.booleans()),
     )  # fmt: skip
 
@@ -118,7 +123,7 @@ def masked(model: Model, plan: PruningPlan) -> Model:
             elements = dim.keep(kept, plan.source)
             removed[slice(None) if elements is None else elements] = False
             tensor.index_fill_(dimension, removed.nonzero()[:, 0], 0.0)
-        silent[name] = tensor * ratio**0.5 if tensor.dim() == 1 and ratio < 1 else tensor
+        silent[name] = tensor * ratio**0.5 if logical.row.dims == (HIDDEN,) and ratio < 1 else tensor
     return silent
 
 

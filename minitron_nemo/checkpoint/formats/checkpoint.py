@@ -1,6 +1,7 @@
 """An opened checkpoint, whatever its format: what a conversion, an audit and every writer go by."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from minitron_nemo.shape.arch import ModelArch
 class Checkpoint:
     """A checkpoint whose config, names, shapes and dtype have been checked; its weights are read on demand.
 
-    `format` is its name in `formats.known`; `tokenizer` has its tokenizer files, None where it carries none; `notes` are
-    what is worth knowing besides, a line each: who wrote it, in which layout.
+    `format` is its name in `formats.known`; `tokenizer` has its tokenizer files, None where it carries none; `notes`
+    are what is worth knowing besides, a line each: who wrote it, in which layout. `files` are further small files that
+    a `.nemo` keeps of it, by their names there; `tokens` counts those that the last step trained it on; `token_ids`
+    are `bos_token_id` and `eos_token_id` of a model that came with no Hugging Face config.
     """
 
     path: Path
@@ -25,3 +28,6 @@ class Checkpoint:
     weights: TensorSource
     tokenizer: Contents | None = None
     notes: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    tokens: int = 0
+    token_ids: Mapping[str, int] = field(default_factory=dict)

@@ -6,7 +6,6 @@ import, bit for bit.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from minitron_nemo.artefacts.contents import Contents, has
 from minitron_nemo.artefacts.foreign_json import read_json_object
 from minitron_nemo.artefacts.manifest import file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
+from minitron_nemo.artefacts.upstream import (
+    CARD,
+    LICENCE_FILES,
+    LICENCE_LIMIT,
+    UPSTREAM_FILE,
+    is_hub_name,
+    upstream_of,
+)
 from minitron_nemo.checkpoint.buffers import memory_of, new_tensor
+from minitron_nemo.checkpoint.finite import is_finite
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.hf_config import arch_from_config, config_from_arch
 from minitron_nemo.checkpoint.formats.hf_names import hf_names, hf_tensors
 from minitron_nemo.checkpoint.formats.nemo import (
@@ -36,6 +46,7 @@ from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
 from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import LogicalTensor, logical_tensors
@@ -47,13 +58,14 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
-FINITE_BLOCK = 1 << 20  # elements
 STORED_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in PRECISIONS.values()}
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+GENERATION_FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", CARD, *LICENCE_FILES]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +175,8 @@ class HfWeights(ShapedSource):
 
 def _check_finite(tensor: Tensor, path: Path, name: str) -> None:
     """Refuse a weight that is no number: its maker gives no hash, and one such weight spoils every logit."""
-    for block in tensor.flatten().split(FINITE_BLOCK):
-        # Twenty times cheaper than isfinite over the block, and NaN and infinity both come through.
-        if not all(math.isfinite(float(end)) for end in torch.aminmax(block)):
-            raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
+    if not is_finite(tensor):
+        raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
 
 
 def _short(value: Any) -> str:
@@ -209,15 +219,17 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def source_files(folder: str | Path) -> dict[str, Path]:
     """By name, the small files that an import reads: config, index and tokenizer; no other file is looked at.
 
-    Raises UserError, before opening it, for one that is not a regular file or far too large.
+    Raises UserError, before opening it, for one that is not a regular file or far too large; for licences too, which
+    are copied and decide nothing.
     """
+    limits = dict.fromkeys((CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES), SMALL_LIMIT)
     found = {}
-    for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES):
+    for name, limit in (limits | dict.fromkeys(LICENCE_FILES, LICENCE_LIMIT)).items():
         if (path := contained_file(folder, name)) is not None:
-            if (size := path.stat().st_size) > SMALL_LIMIT:
-                raise UserError(f"{path}: {size} bytes; no such file needs more than {SMALL_LIMIT}")
+            if (size := path.stat().st_size) > limit:
+                raise UserError(f"{path}: {size} bytes; no such file needs more than {limit}")
             found[name] = path
-    return found
+    return {name: path for name, path in found.items() if name in limits}
 
 
 def resolve_source(source: str) -> Path:
@@ -227,7 +239,7 @@ def resolve_source(source: str) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+    if not is_hub_name(source):
         raise UserError(f"{source}: no such folder, and not a hub name such as meta-llama/Llama-3.1-8B")
     from huggingface_hub import snapshot_download
 
@@ -244,11 +256,20 @@ def arch_from_hf(folder: str | Path) -> ModelArch:
     return arch_from_config(_read_json(Path(folder), CONFIG_FILE), source=str(Path(folder) / CONFIG_FILE))
 
 
-def import_hf(folder: HfFolder, output: str | Path, *, tensors: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
+def import_hf(
+    folder: HfFolder,
+    output: str | Path,
+    *,
+    tensors: Iterable[tuple[str, Tensor]],
+    origin: Origin,
+    given: str | None = None,
+) -> None:
     """Publish an opened folder as the model artefact `output`, in the dtype it is stored in.
 
-    `tensors` is the stream of `folder.weights`, which the caller may watch.
+    `tensors` is the stream of `folder.weights`, which the caller may watch. `given` is what the user asked for, a hub
+    name perhaps: with the folder's licence files it goes along to whatever is made of the model.
     """
+    upstream = upstream_of(folder.path, given=given or str(folder.path))
     write_nemo(
         output,
         folder.arch,
@@ -257,37 +278,71 @@ def import_hf(folder: HfFolder, output: str | Path, *, tensors: Iterable[tuple[s
         tokenizer=folder.path,
         origin=origin,
         extra={"source": str(folder.path), "source_config_sha256": file_sha256(folder.path / CONFIG_FILE)},
-        files={f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode()},
+        files={
+            f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode(),
+            f"{TOKENIZER}/{UPSTREAM_FILE}": upstream.to_json(),
+        },
     )
 
 
 def export_hf(
-    nemo: NemoFolder,
+    nemo: NemoFolder | Checkpoint,
     output: str | Path,
     *,
     origin: Origin,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     token_ids: Mapping[str, int] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Publish a model artefact as the Hugging Face folder `output`, in shards of at most `shard_bytes`.
 
     A single tensor larger than that gets a shard of its own. `tensors` is the stream of `nemo.weights`, where the
     caller wants to watch it. `token_ids` (`bos_token_id`, `eos_token_id`) are for a model that came with no config:
-    without them transformers takes ids of its own.
+    without them transformers takes ids of its own. `files` are further files of the folder, by name.
     """
     check_free_space(output, nemo.arch.num_params() * nemo.dtype.itemsize)
-    with publishing(output, kind=KIND, origin=origin, tokens=nemo.manifest.tokens) as draft:
-        copy_tokenizer(nemo.tokenizer, draft.folder)
+    with publishing(output, kind=KIND, origin=origin, tokens=nemo.tokens) as draft:
+        if nemo.tokenizer is not None:
+            copy_tokenizer(nemo.tokenizer, draft.folder)
         source_config = draft.folder / SOURCE_CONFIG_FILE
         base = _read_json(draft.folder, SOURCE_CONFIG_FILE) if source_config.exists() else None
-        source_config.unlink(missing_ok=True)
+        for name in (SOURCE_CONFIG_FILE, UPSTREAM_FILE):
+            (draft.folder / name).unlink(missing_ok=True)
         values = config_from_arch(nemo.arch, dtype=nemo.dtype, base=base)
         if base is None:
             values |= token_ids or {}
-        (draft.folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _write_json(draft.folder / CONFIG_FILE, values)
+        ids = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+        if ids and not (draft.folder / GENERATION_FILE).exists():
+            _write_json(draft.folder / GENERATION_FILE, ids)
+        for name, content in (files or {}).items():
+            (draft.folder / name).write_bytes(content)
         unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
         _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
+
+
+def recognise(contents: Contents) -> bool:
+    """Whether it has a config and weights as safetensors."""
+    return has(contents, CONFIG_FILE) and any(name.endswith(".safetensors") for name in contents.names())
+
+
+def open_checkpoint(contents: Contents) -> Checkpoint:
+    """A Hugging Face folder as a checkpoint."""
+    folder = open_hf(contents.path)
+    config = {f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode()}
+    return Checkpoint(folder.path, "hf", folder.arch, folder.dtype, folder.weights, contents, files=config)
+
+
+def write(
+    output: str | Path, model: Checkpoint, tensors: Iterable[tuple[str, Tensor]], *, origin: Origin, layout: Layout
+) -> None:
+    """Publish a checkpoint of any format as a Hugging Face folder, which no layout splits."""
+    export_hf(model, output, origin=origin, tensors=tensors, token_ids=model.token_ids)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _unpacked(tensors: Iterable[tuple[str, Tensor]], arch: ModelArch) -> Iterator[tuple[str, Tensor]]:
@@ -330,4 +385,4 @@ def _write_shards(
     assert next(tensors, None) is None
     if len(shards) > 1:
         index = {"metadata": {"total_size": arch.num_params() * dtype.itemsize}, "weight_map": weight_map}
-        (draft.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(draft.folder / INDEX_FILE, index)

@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 
+from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "nemotron": "NemotronForCausalLM"}
-# What transformers takes when the field is absent.
-EPSILON_FIELD = {"llama": ("rms_norm_eps", 1e-6), "mistral": ("rms_norm_eps", 1e-6), "nemotron": ("norm_eps", 1e-5)}
-HIDDEN_ACT = {"llama": "silu", "mistral": "silu", "nemotron": "relu2"}
-ROTARY_FACTOR = {"llama": 1.0, "mistral": 1.0, "nemotron": 0.5}
-MISTRAL_SLIDING_WINDOW = 4096
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+OF_THE_SOURCE = ("_name_or_path", "transformers_version")  # who wrote it and where: untrue of what is made of it
 SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -31,7 +27,7 @@ SIZES = {
 REFUSED = {
     "auto_map": "its code would have to be run; only models that transformers itself knows are read",
     "quantization_config": "quantized weights cannot be pruned; give the model before quantization",
-    "attention_bias": "biases in the attention are not supported",
+    "attention_bias": "a bias of the attention's output is not supported; those that Qwen2 always has need no field",
     "mlp_bias": "biases in the MLP are not supported",
     "num_experts": "mixtures of experts are not supported",
     "num_local_experts": "mixtures of experts are not supported",
@@ -41,29 +37,28 @@ REFUSED = {
 
 def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> ModelArch:
     """The shape that a parsed `config.json` describes; UserError naming the first field that is not supported."""
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise UserError(f"{source}: model_type={family!r}: supported are {', '.join(ARCHITECTURES)}")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in HF_FAMILIES:
+        raise UserError(f"{source}: model_type={model_type!r}: supported are {', '.join(HF_FAMILIES)}")
+    family = HF_FAMILIES[model_type]
     architectures = config.get("architectures")
-    if architectures not in (None, [ARCHITECTURES[family]]):
-        raise UserError(f"{source}: architectures={architectures!r}: {family} needs ['{ARCHITECTURES[family]}']")
+    if architectures not in (None, [family.architecture]):
+        raise UserError(f"{source}: architectures={architectures!r}: {model_type} needs ['{family.architecture}']")
     for name, reason in REFUSED.items():
         if config.get(name):
             raise UserError(f"{source}: {name}={_short(config[name])}: {reason}")
     _check_attention(config, family, source)
-    if (act := config.get("hidden_act", HIDDEN_ACT[family])) != HIDDEN_ACT[family]:
-        raise UserError(f"{source}: hidden_act={act!r}: {family} is supported with {HIDDEN_ACT[family]!r}")
+    if (act := config.get("hidden_act", family.hidden_act)) != family.hidden_act:
+        raise UserError(f"{source}: hidden_act={act!r}: {model_type} is supported with {family.hidden_act!r}")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise UserError(f"{source}: tie_word_embeddings={tied!r}: must be true or false")
     base, rotary_percent, scaling = _rope(config, family, source)
-    name, default = EPSILON_FIELD[family]
     return ModelArch(
-        **_sizes(config, source),
-        family=family,
-        activation="squared_relu" if family == "nemotron" else "swiglu",
-        normalization="LayerNorm1p" if family == "nemotron" else "RMSNorm",
-        norm_epsilon=_number(config, name, source, default=default),
+        **family.parts,
+        **_sizes(config, family, source),  # type: ignore[arg-type]  # sizes have no other fields' names
+        family=model_type,
+        norm_epsilon=_number(config, family.epsilon_field, source, default=family.epsilon),
         rotary_base=base,
         rotary_percent=rotary_percent,
         rope_scaling=scaling,
@@ -76,27 +71,29 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def _check_attention(config: dict[str, Any], family: str, source: str) -> None:
+def _check_attention(config: dict[str, Any], family: HfFamily, source: str) -> None:
     """Refuse attention that does not reach back to the first token."""
     layer_types = config.get("layer_types")
     if layer_types and any(kind != "full_attention" for kind in layer_types):
         raise UserError(f"{source}: layer_types={_short(layer_types)}: only full_attention is supported")
-    window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW if family == "mistral" else None)
-    reach = config.get("max_position_embeddings")
+    if family.window_needs is not None and not config.get(family.window_needs):
+        return
+    window, reach = config.get("sliding_window", family.window), config.get("max_position_embeddings")
     if window is not None and not (isinstance(window, int) and isinstance(reach, int) and window >= reach):
+        absent = "" if family.window is None else f" ({family.window} when absent from such a config)"
         raise UserError(
-            f"{source}: sliding_window={window!r} (4096 when absent from a mistral config) is shorter than "
+            f"{source}: sliding_window={window!r}{absent} is shorter than "
             f"max_position_embeddings={reach!r}: set sliding_window to null, or lower max_position_embeddings to it"
         )
 
 
-def _sizes(config: dict[str, Any], source: str) -> dict[str, int]:
+def _sizes(config: dict[str, Any], family: HfFamily, source: str) -> dict[str, int]:
     """The sizes under our names, with what transformers fills in when a field is absent."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    groups = 8 if config["model_type"] == "mistral" and "num_key_value_heads" not in config else heads
-    values = dict(config)
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = groups
+    absent = {"num_key_value_heads": family.num_key_value_heads, "head_dim": family.head_dim}
+    values = {**absent, **config}
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = heads
     if values.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         if hidden % heads:
             raise UserError(
@@ -111,7 +108,7 @@ def _sizes(config: dict[str, Any], source: str) -> dict[str, int]:
     return {ours: values[theirs] for ours, theirs in SIZES.items()}
 
 
-def _rope(config: dict[str, Any], family: str, source: str) -> tuple[float, float, RopeScaling | None]:
+def _rope(config: dict[str, Any], family: HfFamily, source: str) -> tuple[float, float, RopeScaling | None]:
     """(base, rotated part of each head, scaling) from `rope_parameters` (transformers 5) or the older fields."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -120,9 +117,9 @@ def _rope(config: dict[str, Any], family: str, source: str) -> tuple[float, floa
     older = {name: value for name, value in config.items() if name in ("rope_theta", "partial_rotary_factor")}
     rope = older | rope
     base = _number(rope, "rope_theta", source, default=10000.0)
-    factor = _number(rope, "partial_rotary_factor", source, default=ROTARY_FACTOR[family])
-    if family != "nemotron" and factor != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor={factor!r}: {family} is supported with 1.0 only")
+    factor = _number(rope, "partial_rotary_factor", source, default=family.rotary_factor)
+    if not family.partial_rotary and factor != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor={factor!r}: {config['model_type']} has 1.0 only")
     if not 0 < factor <= 1:
         raise UserError(f"{source}: partial_rotary_factor={factor!r}: must be above 0 and at most 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -145,24 +142,31 @@ def _number(values: dict[str, Any], name: str, source: str, *, default: float | 
 
 
 def config_from_arch(arch: ModelArch, *, dtype: torch.dtype, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`config.json` for a model of this shape; `base`, the config it once came with, keeps its other fields."""
+    """`config.json` for a model of this shape; `base`, the config it once came with, keeps its other fields.
+
+    Raises UserError for a shape that no model of its family has.
+    """
+    family = HF_FAMILIES[arch.family]
+    if (what := family.misfit(arch)) is not None:
+        raise UserError(f"{what}: no {family.architecture} has that; give the model the family that does, or leave it")
     base = dict(base) if base and base.get("model_type") == arch.family else {}
     is_nested = "rope_parameters" in base
-    base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS)}
+    base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS, *OF_THE_SOURCE)}
     layer_types = {"layer_types": ["full_attention"] * arch.num_layers} if base.get("layer_types") else {}
-    biases = {} if arch.family == "mistral" else {"attention_bias": False, "mlp_bias": False}
-    window = {"sliding_window": base.get("sliding_window")} if arch.family == "mistral" else {}
+    # transformers takes a window of its own for a config that says nothing.
+    needs_window = family.window is not None and family.window_needs is None
+    window = {"sliding_window": base.get("sliding_window")} if needs_window else {}
     dtype_name = str(dtype).removeprefix("torch.")
     dtype_fields = [name for name in ("dtype", "torch_dtype") if name in base] or ["torch_dtype"]
     return {
         **base,
-        "architectures": [ARCHITECTURES[arch.family]],
+        "architectures": [family.architecture],
         "model_type": arch.family,
         **{theirs: getattr(arch, ours) for ours, theirs in SIZES.items()},
-        "hidden_act": HIDDEN_ACT[arch.family],
-        EPSILON_FIELD[arch.family][0]: arch.norm_epsilon,
+        "hidden_act": family.hidden_act,
+        family.epsilon_field: arch.norm_epsilon,
         "tie_word_embeddings": arch.share_embeddings_and_output_weights,
-        **biases,
+        **(family.written or {}),
         **window,
         **layer_types,
         **_rope_fields(arch, is_nested=is_nested),
@@ -173,7 +177,7 @@ def config_from_arch(arch: ModelArch, *, dtype: torch.dtype, base: dict[str, Any
 def _rope_fields(arch: ModelArch, *, is_nested: bool) -> dict[str, Any]:
     """The rotary settings in the form of the source: one mapping (transformers 5) or separate fields (4 reads it)."""
     theta: dict[str, Any] = {"rope_theta": arch.rotary_base}
-    if arch.family == "nemotron":
+    if HF_FAMILIES[arch.family].partial_rotary:
         theta["partial_rotary_factor"] = arch.rotary_percent
     scaling = {"rope_type": "llama3", **asdict(arch.rope_scaling)} if arch.rope_scaling else None
     if is_nested:

@@ -6,18 +6,22 @@ from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import EMBEDDING, FINAL_NORM, LAYER, OUTPUT, LogicalTensor, logical_tensors
 
 TOP_NAMES = {EMBEDDING: "model.embed_tokens.weight", OUTPUT: "lm_head.weight"}
+# Norms that the matrix behind them is fused with carry its name.
 NORM_NAMES = {
     f"{FINAL_NORM}.": "model.norm.",
     f"{LAYER}.self_attention.linear_qkv.layer_norm_": "model.layers.{layer}.input_layernorm.",
     f"{LAYER}.mlp.linear_fc1.layer_norm_": "model.layers.{layer}.post_attention_layernorm.",
 }
-# By the number of tensors that the packing of the first dimension is made of: an MLP without a gate has no gate_proj.
-MATRIX_NAMES = {
-    ("self_attention.linear_qkv.weight", 3): ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attention.linear_proj.weight", 1): ("self_attn.o_proj",),
-    ("mlp.linear_fc1.weight", 2): ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.linear_fc1.weight", 1): ("mlp.up_proj",),
-    ("mlp.linear_fc2.weight", 1): ("mlp.down_proj",),
+# Other modules of a layer, by the number of tensors that the packing of the first dimension is made of: an MLP without
+# a gate has no gate_proj.
+MODULE_NAMES = {
+    ("self_attention.linear_qkv", 3): ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attention.q_layernorm", 1): ("self_attn.q_norm",),
+    ("self_attention.k_layernorm", 1): ("self_attn.k_norm",),
+    ("self_attention.linear_proj", 1): ("self_attn.o_proj",),
+    ("mlp.linear_fc1", 2): ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.linear_fc1", 1): ("mlp.up_proj",),
+    ("mlp.linear_fc2", 1): ("mlp.down_proj",),
 }
 
 
@@ -29,8 +33,9 @@ def hf_names(logical: LogicalTensor, arch: ModelArch) -> tuple[str, ...]:
     for prefix, name in NORM_NAMES.items():
         if key.startswith(prefix):
             return (name.format(layer=logical.layer) + key.removeprefix(prefix),)
-    names = MATRIX_NAMES[key.removeprefix(f"{LAYER}."), len(logical.row.dims[0].hf_sizes(arch))]
-    return tuple(f"model.layers.{logical.layer}.{name}.weight" for name in names)
+    module, _, part = key.removeprefix(f"{LAYER}.").rpartition(".")
+    names = MODULE_NAMES[module, len(logical.row.dims[0].hf_sizes(arch))]
+    return tuple(f"model.layers.{logical.layer}.{name}.{part}" for name in names)
 
 
 def hf_shapes(logical: LogicalTensor, arch: ModelArch) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has, read_small
+from minitron_nemo.artefacts.contents import Contents, Place, TarContents, contents_of, has, read_small
 from minitron_nemo.artefacts.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -24,13 +24,17 @@ from minitron_nemo.artefacts.manifest import (
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
 from minitron_nemo.artefacts.strict_yaml import parse_yaml
+from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.torch_dist import weights_file
 from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
+from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
 
 KIND = "model"
+NAME, TAR_NAME = "nemo", "nemo_tar"  # among the formats: a folder, one file
 CONFIG_FILE = "model_config.yaml"
 WEIGHTS = "model_weights"
 TOKENIZER = "tokenizer"
@@ -39,7 +43,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "hf_config.json",
+    "hf_config.json", UPSTREAM_FILE,
 )  # fmt: skip
 
 
@@ -62,6 +66,11 @@ class NemoFolder:
     def tokenizer(self) -> Contents:
         """Its tokenizer files."""
         return self.contents.inside(TOKENIZER)
+
+    @property
+    def tokens(self) -> int:
+        """How many the last step trained it on."""
+        return self.manifest.tokens
 
     @cached_property
     def sha256(self) -> str:
@@ -109,6 +118,45 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
     return NemoFolder(contents, arch, dtype, manifest, weights)
 
 
+def recognise(contents: Contents) -> bool:
+    """Whether it is an artefact of the kind model, whatever else may be wrong with it."""
+    return has(contents, MANIFEST_FILE) and read_manifest(contents, kind=None).kind == KIND
+
+
+def open_checkpoint(contents: Contents, *, hashes: bool = True) -> Checkpoint:
+    """A model artefact as a checkpoint; with `hashes` those of its weights are checked as they are streamed."""
+    model = open_nemo(contents, verify_while_read=hashes)
+    manifest, name = model.manifest, TAR_NAME if isinstance(contents, TarContents) else NAME
+    notes = [f"{made} {fact}" for made, fact in (("made", manifest.created), ("by", manifest.command)) if fact]
+    return Checkpoint(
+        model.path, name, model.arch, model.dtype, model.weights, model.tokenizer, tuple(notes), tokens=manifest.tokens
+    )
+
+
+def write(
+    output: str | Path,
+    model: Checkpoint,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    origin: Origin,
+    layout: Layout,
+    packed: bool = False,
+) -> None:
+    """Publish a checkpoint of any format as a model artefact, in the files of `layout` or `packed` into one."""
+    write_nemo(
+        output,
+        model.arch,
+        tensors,
+        dtype=model.dtype,
+        tokenizer=model.tokenizer,
+        origin=origin,
+        extra={"source": str(model.path), "source_format": model.format},
+        files=dict(model.files),
+        packed=packed,
+        layout=layout,
+    )
+
+
 def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
     """The SHA-256 of each file of tensors, by its name."""
     names = [name for name in manifest.files if name.startswith(f"{WEIGHTS}/") and name.endswith(".distcp")]
@@ -139,7 +187,7 @@ def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokeni
 
 
 def copy_tokenizer(source: Place, target: str | Path) -> None:
-    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model."""
+    """Copy the tokenizer files of a tokenizer folder, a Hugging Face folder or a .nemo model, and its licence."""
     if isinstance(source, str | Path) and not os.path.exists(source):
         raise UserError(f"{source}: no such tokenizer folder; give one with tokenizer.json, or a .nemo folder")
     files = contents_of(source)
@@ -148,6 +196,9 @@ def copy_tokenizer(source: Place, target: str | Path) -> None:
     for name in TOKENIZER_FILES:
         if has(files, name):
             (Path(target) / name).write_bytes(read_small(files, name))
+    for name in LICENCE_FILES:
+        if has(files, name):
+            (Path(target) / name).write_bytes(read_small(files, name, limit=LICENCE_LIMIT))
 
 
 def model_facts(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
@@ -167,10 +218,12 @@ def write_nemo(
     files: Mapping[str, bytes] | None = None,
     prove: Callable[[TorchDistWeights], Mapping[str, Any]] | None = None,
     packed: bool = False,
+    layout: Layout | None = None,
 ) -> None:
     """Publish a model artefact from a stream of its logical tensors, taking one at a time and storing it as `dtype`.
 
-    It is a folder, or `packed` into one tar, which the weights are written into as they come.
+    It is a folder, with a file of weights for each rank of `layout`, or `packed` into one tar, which the weights are
+    written into as they come.
 
     `files` are further files of the folder, by relative name; `extra` are further facts for the manifest. `prove` is
     given the weights as they were written: what it returns are facts too, and when it raises nothing is published.
@@ -185,7 +238,7 @@ def write_nemo(
         file = None
         if draft.tar is not None:
             file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{WEIGHTS}/{weights_file(0)}"))
-        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype, file=file)
+        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype, layout=layout, file=file)
         draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
         if draft.tar is not None and file is not None:
             draft.tar.complete(file.position)

@@ -24,7 +24,7 @@ from minitron_nemo.pruning.plan import PruningPlan
 
 AXIS = "num_attention_heads"
 SIGNS = {"plus": 1.0, "minus": -1.0}
-QKV = "self_attention.linear_qkv.weight"
+QKV = ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias")
 
 
 class HeadResidual(ShapedSource):
@@ -76,7 +76,7 @@ def pairs_of(repair: HeadResidual, layer: int, kept_heads: Sequence[int]) -> lis
 def merged_queries(
     weight: Tensor, groups: int, pairs: Sequence[tuple[int, int]], *, sign: float, kv_channels: int
 ) -> Tensor:
-    """`linear_qkv` [rows, H] with head + sign x (head - partner) in place of the queries of each paired head."""
+    """`linear_qkv`, weight [rows, H] or bias [rows], with head + sign x (head - partner) for paired queries."""
     blocks = weight.double().unflatten(0, (groups, -1, kv_channels))
     heads = blocks.shape[1] - 2
     changed = blocks.clone()

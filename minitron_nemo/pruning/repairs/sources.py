@@ -56,7 +56,7 @@ def repaired(
     """
     if repairs.norm_bias and not plan.source.has_norm_bias:
         raise UserError(
-            f"prune.repairs.norm_bias: no part of this model has a bias (its norms are {plan.source.normalization}); "
+            f"prune.repairs.norm_bias: norms of this model have no bias ({plan.source.normalization}); "
             "leave the repair out"
         )
     uncut = source

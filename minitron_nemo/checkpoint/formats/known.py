@@ -1,0 +1,88 @@
+"""Every format that a checkpoint can have: how it is told from the others, opened and written.
+
+One row each; conversions, audits and their settings go by this table.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from minitron_nemo.artefacts.contents import Contents, Place, TarContents, contents_of, has
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, read_manifest, verify_files
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.checkpoint.formats import hf, nemo
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.errors import UserError
+
+
+class Write(Protocol):
+    """Publishes a checkpoint of any format in one: `tensors` is its stream, `layout` whose files it is split into."""
+
+    def __call__(
+        self,
+        output: Path,
+        model: Checkpoint,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        origin: Origin,
+        layout: Layout,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table. `known_by` tells people what it is recognised by; `kind` is that of the artefact written.
+
+    `splits`: whether its weights can be in the files of a layout.
+    """
+
+    name: str
+    known_by: str
+    recognise: Callable[[Contents], bool]
+    open: Callable[[Contents], Checkpoint]
+    kind: str = ""
+    write: Write | None = None
+    splits: bool = False
+
+
+def _is_tar(contents: Contents) -> bool:
+    return isinstance(contents, TarContents)
+
+
+FORMATS = {row.name: row for row in (
+    Format(nemo.NAME, "manifest.json of a model, in a folder", lambda c: not _is_tar(c) and nemo.recognise(c),
+           nemo.open_checkpoint, nemo.KIND, nemo.write, splits=True),
+    Format(nemo.TAR_NAME, "the same in one uncompressed tar", lambda c: _is_tar(c) and nemo.recognise(c),
+           nemo.open_checkpoint, nemo.KIND, partial(nemo.write, packed=True)),
+    Format("hf", "config.json beside *.safetensors", hf.recognise, hf.open_checkpoint, hf.KIND, hf.write),
+)}  # fmt: skip
+
+
+def format_of(place: Place) -> Format:
+    """The format of what lies there; UserError, with what every format is known by, where it is none of them."""
+    contents = contents_of(place)
+    for known in FORMATS.values():
+        if known.recognise(contents):
+            return known
+    if not contents.names():
+        raise UserError(f"{contents.path}: no such checkpoint, or an empty folder")
+    lines = ", ".join(f"{known.name} ({known.known_by})" for known in FORMATS.values())
+    raise UserError(f"{contents.path}: no checkpoint of a known format: {lines}")
+
+
+def open_checkpoint(place: Place, *, hashes: bool = True) -> Checkpoint:
+    """A checkpoint of any format, its config, names, shapes and coverage checked, with `hashes` those that it has too.
+
+    Those of the weights of a model artefact are judged at the end of their stream. Raises UserError in one line for
+    what is damaged, incomplete, hostile or of no known format.
+    """
+    contents = contents_of(place)
+    found = format_of(contents)
+    if hashes and found.kind != nemo.KIND and has(contents, MANIFEST_FILE):
+        verify_files(contents, read_manifest(contents, kind=None))
+    return found.open(contents)

@@ -1,0 +1,170 @@
+"""Checkpoints of NeMo 2: a folder with `weights/` as torch_dist and `context/`, which describes model and tokenizer.
+
+`context/model.yaml` is read as data; `io.json`, a graph of calls that NeMo 2 builds, and pickles beside it are never
+opened.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from minitron_nemo.artefacts.contents import Contents, has
+from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.publishing import publishing
+from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
+from minitron_nemo.checkpoint.formats.foreign_yaml import function_name, read_yaml_mapping
+from minitron_nemo.checkpoint.formats.megatron_config import FAMILY, ModelFields, arch_of, rope_scaling_of, vocabulary
+from minitron_nemo.checkpoint.formats.nemo import copy_tokenizer
+from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
+from minitron_nemo.checkpoint.torch_dist import TorchDistReader
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.errors import UserError
+from minitron_nemo.shape.arch import ModelArch
+
+NAME = "nemo2"
+WEIGHTS, CONTEXT, HF_WEIGHTS = "weights", "context", "hf_weights"
+CONFIG_FILE, GRAPH_FILE, TOKENIZER = "model.yaml", "io.json", "nemo_tokenizer"
+PREFIX = "module."
+
+_MODELS = "nemo.collections.llm.gpt.model"
+# The classes of a model and of its config, by family; what a class fills in is written out beside it all the same.
+CLASSES = {
+    "llama": ("llama.LlamaModel", "llama.LlamaConfig"),
+    "mistral": ("mistral.MistralModel", "mistral.MistralConfig7B"),
+    "nemotron": ("nemotron.NemotronModel", "nemotron.NemotronConfig"),
+    "qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"),
+}
+SCALED_LLAMA = "llama.Llama31Config"
+FUNCTIONS = {
+    "swiglu": "torch.nn.functional.silu",
+    "squared_relu": "nemo.collections.llm.fn.activation.squared_relu",
+}
+AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+
+
+def recognise(contents: Contents) -> bool:
+    """Whether this is the folder of a checkpoint that NeMo 2 saved."""
+    context = contents.inside(CONTEXT)
+    return has(context, CONFIG_FILE) or has(context, GRAPH_FILE)
+
+
+def open_checkpoint(contents: Contents) -> Checkpoint:
+    """The checkpoint, its shape, keys, dtype and file sizes checked; UserError in one line for anything else."""
+    context, weights_folder = contents.inside(CONTEXT), contents.inside(WEIGHTS)
+    if not has(weights_folder, METADATA_FILE):
+        if contents.inside(HF_WEIGHTS).names():
+            raise UserError(f"{contents.path}: holds a Hugging Face folder; give {contents.path / HF_WEIGHTS} itself")
+        raise UserError(f"{contents.path}: no {WEIGHTS}/{METADATA_FILE}; give the folder that holds {WEIGHTS}/")
+    if not has(context, CONFIG_FILE):
+        raise UserError(
+            f"{context.path}: no {CONFIG_FILE}; {GRAPH_FILE} alone names classes whose defaults only NeMo knows: save "
+            "the checkpoint with NeMo 2.0 or later"
+        )
+    reader = TorchDistReader(weights_folder)
+    arch, notes = _arch_of(context, vocabulary_rows(reader, prefix=PREFIX))
+    weights = StackedWeights(reader, arch, source=f"{CONTEXT}/{CONFIG_FILE}", prefix=PREFIX, of_training=True)
+    tokenizer = context.inside(TOKENIZER)
+    found = tokenizer if tokenizer.names() else None
+    return Checkpoint(contents.path, NAME, arch, weights.dtype(), weights, found, notes)
+
+
+def _arch_of(context: Contents, rows: int) -> tuple[ModelArch, tuple[str, ...]]:
+    source = str(context.path / CONFIG_FILE)
+    model = read_yaml_mapping(context, CONFIG_FILE)
+    values = model.get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: no mapping under config; it must describe the model")
+    name = function_name(model) or "model"
+    values = {**values, "activation_func": function_name(values.get("activation_func"))}
+    fields = ModelFields(values, source=source)
+    words, notes = vocabulary(rows, values.get("vocab_size"), source=source)
+    families = [family for family, (known, _) in CLASSES.items() if known.endswith(f".{name}")]
+    arch = arch_of(
+        fields, vocab_size=words, rope_scaling=rope_scaling_of(fields), family=families[0] if families else ""
+    )
+    return arch, (f"class {name}", *notes)
+
+
+def model_of(arch: ModelArch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """`context/model.yaml` of a model; UserError for a family that NeMo 2 has no class for."""
+    if arch.family not in CLASSES:
+        raise UserError(f"family={arch.family}: NeMo 2 is written for {', '.join(CLASSES)}; choose another format")
+    model, config = CLASSES[arch.family]
+    scaling: Mapping[str, Any] = {}
+    if (rope := arch.rope_scaling) is not None:
+        if arch.family != "llama":
+            raise UserError(f"rope_scaling of family={arch.family}: NeMo 2 scales Llama only; choose another format")
+        config = SCALED_LLAMA
+        scaling = {
+            "scale_factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "old_context_len": rope.original_max_position_embeddings,
+        }
+    is_1p = arch.normalization == "LayerNorm1p"
+    values = {
+        "_target_": f"{_MODELS}.{config}",
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "seq_length": arch.seq_length,
+        "vocab_size": arch.vocab_size,
+        "normalization": "LayerNorm" if is_1p else arch.normalization,
+        "layernorm_zero_centered_gamma": is_1p,
+        "layernorm_epsilon": arch.norm_epsilon,
+        "activation_func": {"_target_": FUNCTIONS[arch.activation], "_call_": False},
+        "gated_linear_unit": arch.is_gated,
+        "position_embedding_type": "rope",
+        "rotary_base": arch.rotary_base,
+        "rotary_percent": arch.rotary_percent,
+        "rotary_interleaved": False,
+        "seq_len_interpolation_factor": None,
+        **scaling,
+        "window_size": None,
+        "add_bias_linear": False,
+        "add_qkv_bias": getattr(arch, "add_qkv_bias", False),
+        "qk_layernorm": getattr(arch, "qk_layernorm", False),
+        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "num_moe_experts": None,
+        "params_dtype": {"_target_": str(dtype), "_call_": False},
+        FAMILY: arch.family,
+    }
+    return {"_target_": f"{_MODELS}.{model}", "config": values, "optim": None, "model_transform": None}
+
+
+def write(
+    output: str | Path,
+    model: Checkpoint,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    origin: Origin,
+    layout: Layout | None = None,
+) -> None:
+    """Publish the stream of a model's tensors as a checkpoint of NeMo 2, without the graph of calls in `io.json`.
+
+    Weights are where NeMo 2 looks for them, for a model that it builds otherwise (from a recipe, say); a model that it
+    builds from `io.json` it cannot build from this. UserError for a model that NeMo 2 has no class for.
+    """
+    described = model_of(model.arch, dtype=model.dtype)
+    needed = model.arch.num_params() * model.dtype.itemsize
+    with publishing(output, kind=NAME, origin=origin, needed=needed) as draft:
+        weights, context = draft.folder / WEIGHTS, draft.folder / CONTEXT
+        weights.mkdir()
+        context.mkdir()
+        if model.tokenizer is not None:
+            (context / TOKENIZER).mkdir()
+            copy_tokenizer(model.tokenizer, context / TOKENIZER)
+            described["tokenizer"] = {"_target_": AUTO_TOKENIZER, "pretrained_model_name": TOKENIZER}
+        (context / CONFIG_FILE).write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
+        hashes = write_stream(weights, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
+        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})

@@ -1,0 +1,27 @@
+"""Settings of a conversion from one checkpoint format to another."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from minitron_nemo.config.setting import count, path, setting
+
+
+class CheckpointFormat(Enum):
+    """The formats that are written; more are read (docs/formats.md)."""
+
+    nemo = "nemo"
+    nemo_tar = "nemo_tar"
+    hf = "hf"
+
+
+@dataclass
+class ConvertConfig:
+    """A checkpoint in another format, or in the files of another layout; its tensors stay as they are, bit for bit."""
+
+    source: str | None = path("the checkpoint, of any format in docs/formats.md; has no default")
+    output: str | None = path("where it goes; has no default")
+    format: CheckpointFormat = setting(CheckpointFormat.nemo, "of the output; docs/formats.md has the layouts of each")
+    tensor_model_parallel_size: int = count(
+        1, "whose files the weights are split into; any layout reads them all the same", at_most=1024, unit="ranks"
+    )
+    pipeline_model_parallel_size: int = count(1, "the same along the layers", at_most=1024, unit="stages")
