@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.contents import Contents
 from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.artefacts.paths import is_plain_name
+from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.buffers import new_tensor
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import fill_from
@@ -68,11 +69,7 @@ class ZarrTensors:
     def _read_chunk(self, key: str, index: tuple[int, ...], shared: Box, out: Tensor) -> None:
         array, chunk, separator = self._arrays[key]
         name = f"{key}/{separator.join(map(str, index))}"
-        found = self._contents.find(name)
-        size = math.prod(chunk) * array.dtype.itemsize
-        if found is None or found.length != size:
-            held = "is missing" if found is None else f"has {found.length} bytes, not {size}"
-            raise UserError(f"{self.folder / name}: the chunk {held}; the array was not saved whole")
+        found = self._chunk_file(name, math.prod(chunk) * array.dtype.itemsize)
         offset = tuple(at - i * c for at, i, c in zip(shared.offset, index, chunk, strict=True))
         with found.path.open("rb", buffering=0) as file:
 
@@ -83,6 +80,13 @@ class ZarrTensors:
                 read_part(fill, SavedTensor.in_order(array.dtype, chunk), Box(offset, shared.size), out)
             except EOFError:
                 raise UserError(f"{self.folder / name}: ends before its chunk does; the file was cut short") from None
+
+    def _chunk_file(self, name: str, size: int) -> Stretch:
+        found = self._contents.find(name)
+        if found is None or found.length != size:
+            held = "is missing" if found is None else f"has {found.length} bytes, not {size}"
+            raise UserError(f"{self.folder / name}: the chunk {held}; the array was not saved whole")
+        return found
 
     def _array(self, key: str) -> tuple[SavedTensor, tuple[int, ...], str]:
         """(dtype and shape, shape of a chunk, separator in names of chunks) of an array, every chunk being there."""
@@ -108,9 +112,7 @@ class ZarrTensors:
         if math.prod(grid) > len(self._names):
             raise UserError(f"{source}: describes {math.prod(grid)} chunks, there are not so many files; some are lost")
         for index in itertools.product(*map(range, grid)):
-            name = f"{key}/{separator.join(map(str, index))}"
-            if name not in self._names:
-                raise UserError(f"{self.folder / name}: the chunk is missing; the array was not saved whole")
+            self._chunk_file(f"{key}/{separator.join(map(str, index))}", math.prod(chunk) * dtype.itemsize)
         return SavedTensor.in_order(dtype, shape), chunk, separator
 
 

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
+from minitron_nemo.artefacts.contents import contents_of
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.stretch import Stretch
+from minitron_nemo.checkpoint.common_state import common_state
 from minitron_nemo.checkpoint.formats.hf import arch_from_hf, export_hf, open_hf, source_files
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.random_init import RandomWeights
 from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.checkpoint.state_dict_file import StateDictFile
+from minitron_nemo.checkpoint.zarr_folder import ZarrTensors
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.pruning.plan import identity, read_plan
 from minitron_nemo.shape.arch import ModelArch
@@ -44,9 +49,11 @@ def write_sound(folder: Path, save_tokenizer: Callable[[Path], object]) -> dict[
     export_hf(open_nemo(folder / "nemo.nemo"), folder / "hf", origin=Origin("f"), shard_bytes=12_000)
     (folder / "hf" / "manifest.json").unlink()
     (folder / "plan.json").write_text(identity(ARCH).to_json())
-    return {
-        "nemo": folder / "nemo.nemo", "tar": folder / "tar.nemo", "hf": folder / "hf", "plan": folder / "plan.json"
-    }  # fmt: skip
+    (folder / "ranks").mkdir()
+    torch.save({"weight": torch.ones(3)}, folder / "ranks" / "model_weights.ckpt")
+    torch.save({"iteration": 3}, folder / "ranks" / "common.pt")
+    names = ("nemo.nemo", "tar.nemo", "hf", "plan.json", "ranks", "ranks", "ranks")
+    return dict(zip(OPENERS, (folder / name for name in names), strict=True))
 
 
 def open_model(path: Path) -> None:
@@ -66,9 +73,29 @@ def open_hf_folder(path: Path) -> None:
         pass
 
 
+def open_rank_file(folder: Path) -> None:
+    """As the files of the ranks of NeMo 1 are opened."""
+    path = folder / "model_weights.ckpt"
+    file = StateDictFile(Stretch.whole(path), label=path)
+    for name in file.names():
+        file.read(name)
+
+
+def open_zarr(folder: Path) -> None:
+    arrays = ZarrTensors(contents_of(folder))
+    for key in arrays.keys():  # noqa: SIM118
+        arrays.read(key)
+
+
 OPENERS: dict[str, Callable[[Path], object]] = {
-    "nemo": open_model, "tar": open_model, "hf": open_hf_folder, "plan": read_plan
-}  # fmt: skip
+    "nemo": open_model,
+    "tar": open_model,
+    "hf": open_hf_folder,
+    "plan": read_plan,
+    "rank file": open_rank_file,
+    "common state": lambda folder: common_state(contents_of(folder), {}),
+    "zarr": open_zarr,
+}
 
 
 def put(name: str, content: bytes | str) -> Callable[[Path], None]:

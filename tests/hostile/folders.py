@@ -93,7 +93,7 @@ SAFETENSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "has another field": (edited(lambda h, e: e.update(_target_="os.system")), "and nothing else"),
     "has an entry that is a list": (edited(lambda h, e: h.update(other=[1])), "and nothing else"),
     "has a tensor nobody asks for": (edited(lambda h, e: h.update(evil=h.pop(_first(h)))), "no tensor"),
-    "is a folder": (lambda f: (shard(f).unlink(), shard(f).mkdir())[1], "not a regular file"),
+    "is a folder": (lambda f: (path := shard(f)).unlink() or path.mkdir(), "not a regular file"),
     "is a pipe": (lambda f: (path := shard(f)).unlink() or os.mkfifo(path), "not a regular file"),
     "is a link to a device": (
         lambda f: (path := shard(f)).unlink() or path.symlink_to("/dev/zero"), "not a regular file",

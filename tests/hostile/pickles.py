@@ -57,7 +57,8 @@ def edited(change: Callable[[Any, Path], object], *, protocol: int = 4) -> Calla
 
     def poison(folder: Path) -> None:
         metadata = pickle.loads((folder / METADATA).read_bytes())
-        metadata = change(metadata, folder) or metadata
+        made = change(metadata, folder)
+        metadata = metadata if made is None else made
         (folder / METADATA).write_bytes(pickle.dumps(metadata, protocol=protocol))
         vouch(folder, METADATA)
 
@@ -82,6 +83,12 @@ def _index(metadata: Any) -> Any:
 
 def _set(record: Any, name: str, value: Any) -> None:
     object.__setattr__(record, name, value)
+
+
+def _all_at_zero(metadata: Any) -> None:
+    for index, info in metadata.storage_data.items():
+        if index.offset is not None:
+            _set(info, "offset", 0)
 
 
 def tower(height: int = 60) -> tuple[Any, ...]:
@@ -163,10 +170,7 @@ ABSURD: dict[str, tuple[Callable[[Any, Path], object], str]] = {
     "a chunk of 2^50 elements": (lambda m, f: _set(_table(m).chunks[0], "sizes", _Size((2**25, 2**25))), "too few"),
     "a shape of 2^40 words": (lambda m, f: _set(_table(m), "size", torch.Size((2**40, 16))), "incomplete|fits|is "),
     "a shape of 3,000 dims": (lambda m, f: _set(_table(m), "size", torch.Size((1,) * 3000)), "3000 dimensions"),
-    "chunks that share bytes": (
-        lambda m, f: [_set(info, "offset", 0) for index, info in m.storage_data.items() if index.offset is not None],
-        "share bytes",
-    ),
+    "chunks that share bytes": (lambda m, f: _all_at_zero(m), "share bytes"),
     "a chunk twice": (lambda m, f: _table(m).chunks.append(_table(m).chunks[0]), "overlap|share bytes"),
     "no dtype": (lambda m, f: _set(_table(m), "properties", _Properties("float32")), "has no dtype"),
     "a chunk of other dims": (

@@ -2,20 +2,17 @@
 
 from typing import Any
 
-import yaml
-
 from minitron_nemo.artefacts.contents import Contents, read_small
+from minitron_nemo.artefacts.strict_yaml import BYTES_LIMIT, parse_yaml
 from minitron_nemo.errors import UserError
-
-LIMIT = 8 * 2**20  # bytes; a config has some dozen KiB
 
 
 def read_yaml_mapping(contents: Contents, name: str) -> dict[str, Any]:
     """The mapping in a file; UserError when it is missing, too large, or holds anything else."""
     path = contents.path / name
     try:
-        values = yaml.safe_load(read_small(contents, name, limit=LIMIT).decode())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        values = parse_yaml(read_small(contents, name, limit=BYTES_LIMIT))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping, got {type(values).__name__}")
