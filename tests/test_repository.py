@@ -54,6 +54,7 @@ DOORS = {
     "matplotlib": ("minitron_nemo/reporting/plots.py",),
     "huggingface_hub": ("minitron_nemo/checkpoint/formats/hf.py",),
     "tokenizers": ("minitron_nemo/data/tokenizer.py", "minitron_nemo/data/tokenizer_trial.py"),
+    "cryptography": ("minitron_nemo/artefacts/signature.py",),
     "pickle": ("minitron_nemo/checkpoint/restricted_metadata.py",),
     "nemo": (),
     "transformers": (),

@@ -23,6 +23,7 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.signature import check_signature
 from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
@@ -100,6 +101,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
             reason = f"no {name}" if os.path.lexists(contents.path) else "no such folder"
             raise UserError(f"{path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
     manifest = read_manifest(contents, kind=KIND)
+    check_signature(contents)
     for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
         if name not in manifest.files:
             raise UserError(
@@ -111,7 +113,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
         verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
     else:
         check_sizes(contents, manifest)
-    arch, dtype = _read_config(contents)
+    arch, dtype = read_config(contents)
     weights = TorchDistWeights(contents.inside(WEIGHTS), arch, source=CONFIG_FILE, sha256=later)
     if weights.dtype() != dtype:
         raise UserError(f"{contents.path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
@@ -163,7 +165,7 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
     return {name.removeprefix(f"{WEIGHTS}/"): manifest.files[name]["sha256"] for name in names}
 
 
-def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
+def read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
     path = contents.path / CONFIG_FILE
     try:
         values = parse_yaml(read_small(contents, CONFIG_FILE))
