@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from hf_models import save_tiny_tokenizer
-from hostile import archives, folders, foreign, pickles, texts
 from hostile.case import CANARY, OPENERS, Case, write_sound
+from hostile.corpus import CASES
 
 from minitron_nemo.errors import UserError
 
-CASES = {case.name: case for module in (pickles, texts, folders, foreign, archives) for case in module.cases()}
 SECONDS = 6  # of processor time; alone on a core every one takes below two
 MEMORY = 512 * 2**20  # bytes beyond what the process had
 LONGEST = 1000  # characters of a refusal
