@@ -143,8 +143,8 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/pickle_machine.py",
         "metadata may name any class",
-        find="self.push(self.known[module, name])",
-        replace="self.push(self.known.get((module, name)) or getattr(__import__(module), name))",
+        find="if (found := self.named(module, name)) is None:",
+        replace="if (found := self.named(module, name) or getattr(__import__(module), name)) is None:",
         tests=f"{TEST_TORCH_DIST} -k 'runs_code or closed_table'",
     ),
     Fault(
