@@ -12,8 +12,14 @@ from hf_models import save_tiny_tokenizer
 from hostile.case import CANARY, OPENERS, Case, write_sound
 from hostile.corpus import CASES
 
+from minitron_nemo.checkpoint.audit import audit
 from minitron_nemo.errors import UserError
 
+# An audit does not look into the tokenizer; what goes on until a budget is spent is tried once.
+AUDITED = [
+    name for name, case in CASES.items() if case.base in ("nemo", "tar", "hf") and case.says is not None
+    and "token" not in name and not name.startswith("metadata of")
+][::9]  # fmt: skip
 SECONDS = 6  # of processor time; alone on a core every one takes below two
 MEMORY = 512 * 2**20  # bytes beyond what the process had
 STATUS = Path("/proc/self/status")
@@ -93,3 +99,13 @@ def test_a_hostile_artefact_is_refused_at_once_in_one_line_and_nothing_runs(name
         assert str(path) in refusal
         assert refusal.isprintable()
         assert len(refusal) < LONGEST
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_an_audit_of_a_hostile_artefact_says_what_is_wrong_and_never_raises(name, sound, tmp_path):
+    path = copied(sound, CASES[name], tmp_path)
+    CASES[name].poison(path)
+    found = audit(path, values=True)
+    assert found.fault is not None
+    assert found.fault.isprintable()
+    assert not (tmp_path / CANARY).exists()

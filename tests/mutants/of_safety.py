@@ -103,10 +103,10 @@ FAULTS = [
     ),
     Fault(
         "minitron_nemo/shape/limits.py",
-        "a model may have any number of layers",
+        "a shape may be of any size",
         find="1 <= value <= LARGEST[name]",
         replace="1 <= value",
-        tests=f"{CORPUS} -k 'config and (billion or 40)'",
+        tests=f"{CORPUS} -k 'config and 40'",
     ),
     Fault(
         TOKENIZER,
