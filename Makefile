@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-oracle mutants check format install clean help
+.PHONY: quickstart test test-oracle mutants fuzz check format install clean help
 
 # A name on the PATH may be a shim that only prints an error, so each candidate has to run.
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -26,6 +26,9 @@ test-oracle: .venv-oracle/.installed ## importance and cuts against NVIDIA's Mod
 
 mutants: .venv/.installed ## faults put into copies of the sources: do the tests notice each?
 	@.venv/bin/python tests/mutants/run.py
+
+fuzz: .venv/.installed ## 10,000 mutations of a sound file for each parser of foreign files
+	@.venv/bin/python tests/hostile/fuzz.py
 
 check: .venv/.installed ## linter, formatter, type checker and the rules of the repository
 	@.venv/bin/ruff check .

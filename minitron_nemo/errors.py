@@ -1,5 +1,8 @@
 """What stops a command: bad input, which the user is meant to read, a wish to stop, or a rank that failed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Bad input: the message says what was given, what is allowed and how to fix it, in one line.
@@ -18,6 +21,15 @@ class StoppedError(Exception):
 
 class RankError(RuntimeError):
     """A rank stopped with a defect; its traceback is already on standard error."""
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Puts the name of what was read before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def shown(value: object) -> str:

@@ -63,6 +63,7 @@ DOORS = {
     "matplotlib": ("minitron_nemo/reporting/plots.py",),
     "huggingface_hub": ("minitron_nemo/checkpoint/formats/hf.py",),
     "tokenizers": ("minitron_nemo/data/tokenizer.py", "minitron_nemo/data/tokenizer_trial.py"),
+    "cryptography": ("minitron_nemo/artefacts/signature.py",),
     "pickle": ("minitron_nemo/checkpoint/restricted_metadata.py",),
     "nemo": ("minitron_nemo/nemo_model.py",),
     "pyarrow": ("minitron_nemo/data/text_files.py",),
@@ -266,6 +267,6 @@ def test_a_circle_is_found_through_any_number_of_files():
 def test_the_rules_would_notice():
     """A rule that sees nothing would pass for ever."""
     assert any(module.startswith("megatron.") for path in PACKAGE for module in imports(path))
-    assert any(function == "torch.save" for path in PACKAGE for _, function, _ in calls(path))
+    assert any(function == "np.load" for path in PACKAGE for _, function, _ in calls(path))
     assert len(RECIPES) > 10
     assert len(arrows()) > 40

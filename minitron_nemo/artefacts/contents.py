@@ -19,6 +19,7 @@ SMALL_LIMIT = 256 * 2**20  # bytes; the tokenizer.json of a vocabulary of a mill
 HEADERS_LIMIT = 32 * 2**20  # bytes; a header has 512, and at most a few kB with long names
 MEMBERS_LIMIT = 20_000  # a checkpoint of a thousand ranks has a few thousand files
 DEPTH_LIMIT = 8
+NAME_LIMIT = 250  # characters
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -69,6 +70,10 @@ def has(contents: Contents, name: str) -> bool:
 
 def _is_contained(name: str) -> bool:
     return all(is_plain_name(part) for part in name.split("/"))
+
+
+def _is_sane(name: str) -> bool:
+    return name.isprintable() and len(name) <= NAME_LIMIT and len(PurePosixPath(name).parts) <= DEPTH_LIMIT
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,9 @@ def _read_headers(archive: Path, file: StretchFile) -> dict[str, Stretch]:
             shown = ascii(member.name)[:80]
             if member.isdir() and name == "":
                 continue
-            if not name.isprintable() or not _is_contained(name) or len(PurePosixPath(name).parts) > DEPTH_LIMIT:
+            if not _is_contained(name) or not _is_sane(name):
                 raise UserError(f"{archive}: the entry {shown} has a name that leaves the archive or is no file name")
-            if member.isdir():
+            if member.isdir() and member.size == 0:
                 continue
             if not member.isreg() or member.issparse():
                 raise UserError(f"{archive}: the entry {shown} is a link, a device or sparse; only files are read")

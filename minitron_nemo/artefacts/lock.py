@@ -46,8 +46,12 @@ class Lock:
                 self._file = file
             else:  # its last holder removed it in between
                 os.close(file)
-        os.truncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            os.truncate(self._file, 0)
+            os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # the disk is full: whoever made room would find the lock held by nobody
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the file and give the lock up; the second call does nothing."""

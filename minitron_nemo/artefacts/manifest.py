@@ -19,12 +19,12 @@ from typing import Any
 
 from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE
 from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
 
-MANIFEST_FILE = "manifest.json"
 BLOCK = 16 << 20  # bytes read at a time
 WORTH_A_LINE = 1 << 30  # bytes: hashing less takes a second or two
 PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
@@ -156,7 +156,8 @@ def check_listed(artefact: Place, manifest: Manifest) -> None:
     """
     contents = contents_of(artefact)
     for name in contents.names():
-        if name not in manifest.files and name != MANIFEST_FILE and not name.startswith("."):
+        is_known = name in manifest.files or name in (MANIFEST_FILE, SIGNATURE_FILE)
+        if not is_known and not name.startswith("."):
             raise UserError(
                 f"{contents.path / name}: not listed in {MANIFEST_FILE}; move it away, or make the artefact again"
             )

@@ -19,6 +19,7 @@ from minitron_nemo.errors import UserError
 
 COMMON_LIMIT = 64 * 2**20  # bytes; arguments are some dozen KiB, and optimizers without shards keep little more there
 DESCRIPTION_LIMIT = 32 * 2**20
+ENTRIES_LIMIT = 100_000
 
 # What Megatron-LM, Megatron-Bridge and NeMo put there besides plain values.
 _RECORDS = {
@@ -83,6 +84,8 @@ def read_common_state(data: bytes, *, source: str) -> dict[str, Any]:
 
 def _description(data: bytes) -> bytes:
     """The pickle in a `torch.save` file."""
+    if data.count(b"PK\x01\x02") > ENTRIES_LIMIT:  # each of them takes some hundred bytes to list
+        raise ValueError(f"it has more than {ENTRIES_LIMIT} entries")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")), None)
         if entry is None:

@@ -24,7 +24,7 @@ from minitron_nemo.checkpoint.restricted_metadata import one_line
 from minitron_nemo.errors import UserError
 
 DESCRIPTION_LIMIT = 64 * 2**20  # bytes; the description of a thousand tensors has some hundred KiB
-DIRECTORY_LIMIT = 3 * DESCRIPTION_LIMIT
+DIRECTORY_LIMIT = 4 * 2**20  # bytes: some 40,000 tensors; a directory takes ten times as much memory
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class StateDictFile:
         # A damaged zip or pickle raises nearly anything; whatever it is, the file is refused and the cause named.
         try:
             with stretch.path.open("rb", buffering=0) as file:
-                self._read_description(StretchFile(file, stretch.start, stretch.length, budget=DIRECTORY_LIMIT))
+                place = stretch.start, stretch.length
+                with zipfile.ZipFile(StretchFile(file, *place, budget=DIRECTORY_LIMIT)) as archive:
+                    entries = {entry.filename: entry for entry in archive.infolist()}
+                self._read_description(StretchFile(file, *place, budget=2 * DESCRIPTION_LIMIT), entries)
         except Exception as error:
             raise UserError(f"{label}: not a readable file of torch.save: {one_line(error)}") from None
 
@@ -88,9 +91,7 @@ class StateDictFile:
                 raise UserError(f"{self.label}: ends before {name} does; the file was cut short") from None
         return out
 
-    def _read_description(self, file: StretchFile) -> None:
-        with zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
+    def _read_description(self, file: StretchFile, entries: dict[str, zipfile.ZipInfo]) -> None:
         described = [name for name in entries if name.endswith("/data.pkl")]
         if len(described) != 1:
             raise ValueError("it describes no tensors")

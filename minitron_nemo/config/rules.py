@@ -108,11 +108,6 @@ def _check_model(model: ModelConfig, name: str) -> None:
             f"{name}.rotary_percent={model.rotary_percent}: rotates {rotated} of kv_channels={model.kv_channels}, "
             "which must be an even number above 0"
         )
-    if (scaling := model.rope_scaling) is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError(
-            f"{name}.rope_scaling.low_freq_factor={scaling.low_freq_factor}: must be below high_freq_factor="
-            f"{scaling.high_freq_factor}"
-        )
 
 
 def check_ranks(config: Config) -> Layout:

@@ -410,6 +410,7 @@ class Config:
         "replace an output that another configuration made; what is up to date is still skipped",
         how_it_runs=True,
     )
+    verify_key: str | None = path("PEM file of a public key: a model without a signature by it is refused; null: none")
     model: ModelConfig | None = setting(
         None, "shape of the teacher, see below; null: only checkpoints on disk have shapes"
     )

@@ -58,7 +58,10 @@ class ModelConfig:
     def arch(self) -> ModelArch:
         values = dataclasses.asdict(self)
         if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            try:
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            except UserError as error:
+                raise UserError(f"rope_scaling.{error}") from None
         return ModelArch(**values)
 
 

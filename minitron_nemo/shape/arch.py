@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.errors import UserError, shown
+from minitron_nemo.errors import UserError, naming, shown
 from minitron_nemo.shape.limits import check_fields
 
 FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "qwen3")
@@ -166,14 +166,13 @@ class ModelArch:
         if missing := sorted(required - set(values)):
             raise UserError(f"{source}: field {missing[0]!r} is missing")
         values = dict(values)
-        try:
+        with naming(source):
             if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+                try:
+                    values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+                except TypeError as error:
+                    raise UserError(f"rope_scaling: {error}") from None
             return cls(**values)
-        except TypeError as error:
-            raise UserError(f"{source}: rope_scaling: {error}") from None
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
 
 
 def billions(count: float) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.artefacts.lock import locked
+from minitron_nemo.artefacts.signature import trusting
 from minitron_nemo.config.schema import Config
 from minitron_nemo.distributed.ranks import is_main_process
 from minitron_nemo.steps.step import Job, Recipe, logger
@@ -18,6 +19,11 @@ from minitron_nemo.steps.step import Job, Recipe, logger
 
 def execute(recipe: Recipe, config: Config) -> bool:
     """Run one step of a composed config; returns False when its output was there already."""
+    with trusting(config.verify_key):
+        return _execute(recipe, config)
+
+
+def _execute(recipe: Recipe, config: Config) -> bool:
     recipe.check_config(config)
     if config.dry_run:
         from minitron_nemo.steps.describe import describe

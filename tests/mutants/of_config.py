@@ -80,10 +80,10 @@ FAULTS = [
         tests=f"{TEST_CONFIG} -k bad_input",
     ),
     Fault(
-        RULES,
+        "minitron_nemo/shape/arch.py",
         "rope scaling may turn its limits round",
-        find="scaling.low_freq_factor >= scaling.high_freq_factor",
-        replace="scaling.low_freq_factor < 0",
+        find="self.low_freq_factor >= self.high_freq_factor",
+        replace="self.low_freq_factor < 0",
         tests=f"{TEST_CONFIG} -k bad_input",
     ),
     Fault(

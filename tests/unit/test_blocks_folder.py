@@ -74,7 +74,7 @@ def test_the_folder_is_read_as_it_was_written_and_the_table_shows_the_best(tmp_p
         (("schema_version",), 2, "schema_version=2"),
         (("values", "lm_loss", "1"), [1.0, 2.0], "2 blocks of 1 layers; a model of 4 has 4"),
         (("values", "lm_loss", "1"), [1.0, 2.0, 3.0, "x"], "'x' is no number"),
-        (("values", "lm_loss", "1"), [1.0, 2.0, 3.0, float("nan")], "not all finite"),
+        (("values", "lm_loss", "1"), [1.0, 2.0, 3.0, float("nan")], "NaN is no number"),
         (("values", "lm_loss", "9"), [], "0 blocks of 9 layers"),
         (("values", "lm_loss"), [], "lm_loss must be an object"),
         (("values", "perplexity"), {"1": [1.0] * 4}, "perplexity: no measure of blocks"),

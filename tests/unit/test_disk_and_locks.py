@@ -205,7 +205,8 @@ def test_of_two_runs_of_a_step_with_the_same_output_the_second_is_refused_before
         if len(began) == 1:
             execute(recipe, config)
 
-    recipe, config = Recipe("evaluate", lambda config: job, run), SimpleNamespace(dry_run=False, overwrite=False)
+    config = SimpleNamespace(dry_run=False, overwrite=False, verify_key=None)
+    recipe = Recipe("evaluate", lambda config: job, run)
     with pytest.raises(UserError, match=r"student\.json: another run is writing it \(process \d+ on .*\)"):
         execute(recipe, config)
     assert len(began) == 1

@@ -173,3 +173,11 @@ def test_a_directory_without_end_is_not_walked(tmp_path):
             packed.writestr(f"a/{number:050}", b"")
     with pytest.raises(ValueError, match="larger than that of any tensor"):
         found_in(stream.getvalue(), tmp_path)
+
+
+def test_a_checkpoint_that_promises_more_than_its_files_have_is_refused_on_opening(tmp_path):
+    store(tmp_path, numbered(4, 2))
+    path = tmp_path / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="__0_0.distcp: ends before the chunk of x"):
+        TorchDistReader(tmp_path)

@@ -17,8 +17,8 @@ from in_memory import InMemory
 from torch.overrides import TorchFunctionMode
 
 from minitron_nemo.artefacts.contents import contents_of
-from minitron_nemo.checkpoint.formats.megatron import open_checkpoint
 from minitron_nemo.checkpoint.common_state import read_common_state
+from minitron_nemo.checkpoint.formats.megatron import open_checkpoint
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, with_own_storage, write_metadata

@@ -11,6 +11,8 @@ ADDED = [
     "distill.training.surprise",
     "distill.training.optim.surprise",
     "prepare_data.corpora.code.surprise",
+    "_target_",
+    "distill.training._target_",
 ]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minitron_nemo.artefacts.contents import Contents, read_small
-from minitron_nemo.artefacts.strict_yaml import parse_yaml
+from minitron_nemo.artefacts.strict_yaml import BYTES_LIMIT, parse_yaml
 from minitron_nemo.errors import UserError
 
 
@@ -11,8 +11,8 @@ def read_yaml_mapping(contents: Contents, name: str) -> dict[str, Any]:
     """The mapping in a file; UserError when it is missing, too large, or holds anything else."""
     path = contents.path / name
     try:
-        values = parse_yaml(read_small(contents, name))
-    except (OSError, ValueError) as error:
+        values = parse_yaml(read_small(contents, name, limit=BYTES_LIMIT))
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping, got {type(values).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily, family_of
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, naming
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -54,16 +54,21 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
     if not isinstance(tied, bool):
         raise UserError(f"{source}: tie_word_embeddings={tied!r}: must be true or false")
     base, rotary_percent, scaling = _rope(config, family, source)
-    return ModelArch(
-        **family.parts,
-        **_sizes(config, family, source),  # type: ignore[arg-type]  # sizes have no other fields' names
-        family=model_type,
-        norm_epsilon=_number(config, family.epsilon_field, source, default=family.epsilon),
-        rotary_base=base,
-        rotary_percent=rotary_percent,
-        rope_scaling=scaling,
-        share_embeddings_and_output_weights=tied,
+    sizes, epsilon = (
+        _sizes(config, family, source),
+        _number(config, family.epsilon_field, source, default=family.epsilon),
     )
+    with naming(source):
+        return ModelArch(
+            **family.parts,
+            **sizes,  # type: ignore[arg-type]  # sizes have no other fields' names
+            family=model_type,
+            norm_epsilon=epsilon,
+            rotary_base=base,
+            rotary_percent=rotary_percent,
+            rope_scaling=scaling,
+            share_embeddings_and_output_weights=tied,
+        )
 
 
 def _short(value: Any) -> str:

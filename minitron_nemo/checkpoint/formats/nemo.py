@@ -23,6 +23,7 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
+from minitron_nemo.artefacts.signature import check_signature
 from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
@@ -100,6 +101,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
             reason = f"no {name}" if os.path.lexists(contents.path) else "no such folder"
             raise UserError(f"{contents.path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
     manifest = read_manifest(contents, kind=KIND)
+    check_signature(contents)
     for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
         if name not in manifest.files:
             raise UserError(
@@ -111,7 +113,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
         verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
     else:
         check_sizes(contents, manifest)
-    arch, dtype = _read_config(contents)
+    arch, dtype = shape_and_dtype(read_config(contents), source=str(contents.path / CONFIG_FILE))
     weights = TorchDistWeights(contents.inside(WEIGHTS), arch, source=CONFIG_FILE, sha256=later)
     if weights.dtype() != dtype:
         raise UserError(f"{contents.path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
@@ -161,10 +163,6 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
     """The SHA-256 of each file of tensors, by its name."""
     names = [name for name in manifest.files if name.startswith(f"{WEIGHTS}/") and name.endswith(".distcp")]
     return {name.removeprefix(f"{WEIGHTS}/"): manifest.files[name]["sha256"] for name in names}
-
-
-def _read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
-    return shape_and_dtype(read_config(contents), source=str(contents.path / CONFIG_FILE))
 
 
 def read_config(contents: Contents) -> dict[str, Any]:

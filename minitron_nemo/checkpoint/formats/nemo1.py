@@ -17,6 +17,7 @@ from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.artefacts.stretch import Stretch
+from minitron_nemo.artefacts.strict_yaml import BYTES_LIMIT
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.foreign_yaml import read_yaml_mapping
 from minitron_nemo.checkpoint.formats.nemo import CONFIG_FILE, TOKENIZER, TOKENIZER_FILES, WEIGHTS, copy_tokenizer
@@ -39,7 +40,7 @@ ARTEFACT = re.compile(r"nemo:([0-9a-f]{32}_[^/\\]+)")
 
 def recognise(contents: Contents) -> bool:
     """Whether this is a model of NeMo 1: ours has a file of the same name, and another name for its length."""
-    return has(contents, CONFIG_FILE) and b"encoder_seq_length" in read_small(contents, CONFIG_FILE)
+    return has(contents, CONFIG_FILE) and b"encoder_seq_length" in read_small(contents, CONFIG_FILE, limit=BYTES_LIMIT)
 
 
 def open_checkpoint(contents: Contents) -> Checkpoint:
