@@ -1,5 +1,6 @@
 """A conversion changes the form of a checkpoint and no bit of it; an audit says what it is and whether it is sound."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -16,6 +17,7 @@ from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import run_command
 from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_nemo.shape.arch import RopeScaling
 from minitron_nemo.testing import TINY, random_nemo
 from recipes.audit import main as run_audit
 
@@ -29,7 +31,9 @@ def convert(source, output, format, *overrides):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
-    return random_nemo(folder / "start.nemo", TINY["llama"])
+    # The one scaling that every format can say.
+    arch = dataclasses.replace(TINY["llama"], rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    return random_nemo(folder / "start.nemo", arch)
 
 
 WRITTEN = [name for name, row in FORMATS.items() if row.write is not None]
