@@ -12,8 +12,8 @@ COPY constraints.txt /tmp/constraints.txt
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|transformer[-_]engine|apex|numpy|flash[-_]attn)==' \
         > /tmp/keep.txt \
     && grep -q '^torch==' /tmp/keep.txt \
-    && grep -E '^(hydra-core|omegaconf|transformers|tokenizers|safetensors|huggingface_hub|psutil|rich|tensorboard|matplotlib|PyYAML|pytest)==' \
-        /tmp/constraints.txt > /tmp/requirements.txt \
+    && grep -E '^(hydra-core|omegaconf|nemo-toolkit|transformers|tokenizers|safetensors|huggingface_hub|psutil|rich|tensorboard|matplotlib|PyYAML|pyarrow|pytest)==' \
+        /tmp/constraints.txt | sed 's/^nemo-toolkit==/nemo-toolkit[common]==/' > /tmp/requirements.txt \
     && PIP_CONSTRAINT=/tmp/keep.txt pip install --no-cache-dir -r /tmp/requirements.txt \
     && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps \
         "$(sed -n 's/^\(megatron-core==[^;]*\); python_version >=.*/\1/p' /tmp/constraints.txt)" \

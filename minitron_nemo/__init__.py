@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minitron_nemo.importance.hooks import listening
     from minitron_nemo.importance.scores import read_scores
     from minitron_nemo.losses.lm_head import HeadLoss
+    from minitron_nemo.nemo_model import MinitronGPT
     from minitron_nemo.pruning.make_plan import make_plan
     from minitron_nemo.pruning.plain_forward import plain_logits
     from minitron_nemo.pruning.plan import read_plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "HeadLoss": "losses.lm_head",
+    "MinitronGPT": "nemo_model",
     "ModelArch": "shape.arch",
     "UserError": "errors",
     "compose": "config.compose",
@@ -44,8 +46,8 @@ _PUBLIC = {
     "shrink": "shape.axes",
 }
 __all__ = [
-    "HeadLoss", "ModelArch", "UserError", "compose", "export_hf", "import_hf", "listening", "make_plan", "open_hf",
-    "open_nemo", "plain_logits", "prune", "read_plan", "read_scores", "shrink",
+    "HeadLoss", "MinitronGPT", "ModelArch", "UserError", "compose", "export_hf", "import_hf", "listening", "make_plan",
+    "open_hf", "open_nemo", "plain_logits", "prune", "read_plan", "read_scores", "shrink",
 ]  # fmt: skip
 
 

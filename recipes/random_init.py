@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minitron_nemo.checkpoint.formats.hf_families import family_of
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.errors import UserError
@@ -24,6 +25,7 @@ def prepare(config: Config) -> Job:
     from minitron_nemo.data.tokenizer import load_tokenizer
 
     section, arch = config.random_init, arch_of(config)
+    family_of(arch)  # before it is trained, not when it is exported
     tokenizer = load_tokenizer(str(section.tokenizer))
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(

@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 
-HEAVY = {"torch", "megatron", "numpy", "transformers", "safetensors", "matplotlib"}
+HEAVY = {"torch", "megatron", "nemo", "lightning", "numpy", "pyarrow", "transformers", "safetensors", "matplotlib"}
 
 
 def answer(recipe: str, arguments: list[str]) -> list:

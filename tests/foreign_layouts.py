@@ -79,6 +79,39 @@ def chunk_of_model(source, number, chunks):
         yield "output_layer.weight", source.read("embedding.word_embeddings.weight")
 
 
+class ConvertedByNemo:
+    """NeMo 1.23, `convert_hf_llama_to_nemo.py`: a state dict of Hugging Face's Llama or Nemotron under NeMo's names.
+
+    Heads are interleaved by query group [queries, key, value], gate and up rows lie one after the other.
+    """
+
+    def __init__(self, state, arch):
+        self.arch, heads = arch, arch.num_attention_heads // arch.num_query_groups
+        self.state = {"embedding.word_embeddings.weight": state["model.embed_tokens.weight"]}
+        for layer in range(arch.num_layers):
+            theirs, ours = f"model.layers.{layer}.", f"{LAYER}{layer}."
+            parts = []
+            q, k, v = (state[f"{theirs}self_attn.{name}_proj.weight"].split(arch.kv_channels) for name in "qkv")
+            for group in range(arch.num_query_groups):
+                parts += [*q[group * heads : (group + 1) * heads], k[group], v[group]]
+            gate = [state[f"{theirs}mlp.gate_proj.weight"]] if arch.is_gated else []
+            for part in ("weight", "bias")[: 1 + arch.has_norm_bias]:
+                for norm, linear in (("input", "self_attention.linear_qkv"), ("post_attention", "mlp.linear_fc1")):
+                    self.state[f"{ours}{linear}.layer_norm_{part}"] = state[f"{theirs}{norm}_layernorm.{part}"]
+                self.state[f"decoder.final_layernorm.{part}"] = state[f"model.norm.{part}"]
+            self.state[f"{ours}self_attention.linear_qkv.weight"] = torch.cat(parts)
+            self.state[f"{ours}self_attention.linear_proj.weight"] = state[f"{theirs}self_attn.o_proj.weight"]
+            self.state[f"{ours}mlp.linear_fc1.weight"] = torch.cat([*gate, state[f"{theirs}mlp.up_proj.weight"]])
+            self.state[f"{ours}mlp.linear_fc2.weight"] = state[f"{theirs}mlp.down_proj.weight"]
+        self.state["output_layer.weight"] = state["lm_head.weight"]
+
+    def names(self):
+        return list(self.state)
+
+    def read(self, name):
+        return self.state[name]
+
+
 def nemo1_config(arch, **fields):
     """NeMo 1.23, `megatron_llama_config.yaml`, as `to_config_file` leaves it in an archive."""
     return {
@@ -89,7 +122,8 @@ def nemo1_config(arch, **fields):
         "init_method_std": 0.02, "hidden_dropout": 0.0, "attention_dropout": 0.0, "kv_channels": arch.kv_channels,
         "apply_query_key_layer_scaling": True, "normalization": {"RMSNorm": "rmsnorm"}.get(arch.normalization,
         "layernorm1p"), "layernorm_epsilon": arch.norm_epsilon, "make_vocab_size_divisible_by": 8,
-        "pre_process": True, "post_process": True, "bias": False,
+        "pre_process": True, "post_process": True, "bias": False, "add_qkv_bias": arch.add_qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
         "activation": "fast-swiglu" if arch.is_gated else "squared-relu", "headscale": False,
         "transformer_block_type": "pre_ln", "openai_gelu": False, "normalize_attention_scores": True,
         "position_embedding_type": "rope", "rotary_percentage": arch.rotary_percent, "attention_type": "multihead",
@@ -211,8 +245,9 @@ def megatron_args(arch, **fields):
         arch.seq_length, "position_embedding_type": "rope", "add_position_embedding": True, "rotary_base":
         int(arch.rotary_base), "rotary_percent": arch.rotary_percent, "rotary_interleaved": False, "use_rope_scaling":
         arch.rope_scaling is not None, "rope_scaling_factor": 8.0, "rotary_seq_len_interpolation_factor": None,
-        "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": False, "swiglu": arch.is_gated,
-        "squared_relu": not arch.is_gated, "normalization": "LayerNorm" if arch.has_norm_bias else "RMSNorm",
+        "add_bias_linear": False, "add_qkv_bias": arch.add_qkv_bias, "qk_layernorm": arch.qk_layernorm,
+        "swiglu": arch.is_gated, "squared_relu": not arch.is_gated,
+        "normalization": "LayerNorm" if arch.has_norm_bias else "RMSNorm",
         "apply_layernorm_1p": arch.has_norm_bias, "norm_epsilon": arch.norm_epsilon,
         "untie_embeddings_and_output_weights": not arch.share_embeddings_and_output_weights, "num_experts": None,
         "multi_latent_attention": False, "is_hybrid_model": False, "mtp_num_layers": None, "softmax_type": "vanilla",
@@ -248,9 +283,10 @@ def transformer_config(arch, target, **fields):
         arch.num_attention_heads, "num_query_groups": arch.num_query_groups, "ffn_hidden_size": arch.ffn_hidden_size,
         "kv_channels": arch.kv_channels, "hidden_dropout": 0.0, "fp32_residual_connection": False, "layernorm_epsilon":
         arch.norm_epsilon, "layernorm_zero_centered_gamma": arch.has_norm_bias, "add_bias_linear": False,
-        "add_qkv_bias": False, "gated_linear_unit": arch.is_gated, "activation_func": {"_target_": function,
+        "add_qkv_bias": arch.add_qkv_bias, "gated_linear_unit": arch.is_gated, "activation_func": {"_target_": function,
         "_call_": False}, "num_moe_experts": None, "rotary_interleaved": False, "window_size": None, "normalization":
-        "LayerNorm" if arch.has_norm_bias else "RMSNorm", "qk_layernorm": False, "multi_latent_attention": False,
+        "LayerNorm" if arch.has_norm_bias else "RMSNorm", "qk_layernorm": arch.qk_layernorm,
+        "multi_latent_attention": False,
         "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
         "make_vocab_size_divisible_by": 8, "position_embedding_type": "rope", "rotary_base": int(arch.rotary_base),
         "rotary_percent": arch.rotary_percent, "seq_len_interpolation_factor": None, "seq_length": arch.seq_length,
@@ -264,10 +300,10 @@ def nemo2(folder, source, *, name="llama.LlamaModel", **fields):
     """NeMo 2.2, `lightning/io/mixin.py` (`io_dump`) and `ckpt_utils.py`: `weights/` and `context/`."""
     torch_dist(folder / "weights", stacked(source, prefix="module.", vocabulary=8), common={"global_step": 9})
     context = folder / "context"
-    (context / "nemo_tokenizer").mkdir(parents=True)
+    (context / "llama-tokenizer").mkdir(parents=True)
     config = transformer_config(source.arch, "nemo.collections.llm.gpt.model.llama.Llama31Config", **fields)
     model = {"_target_": f"nemo.collections.llm.gpt.model.{name}", "config": config, "optim": None,
-             "tokenizer": {"_target_": "AutoTokenizer", "pretrained_model_name": "nemo_tokenizer"}}  # fmt: skip
+             "tokenizer": {"_target_": "AutoTokenizer", "pretrained_model_name": "llama-tokenizer"}}  # fmt: skip
     (context / "model.yaml").write_text(yaml.safe_dump(model))
     (context / "io.json").write_text('{"root": {"type": "ref", "key": "trainer_context_1"}}')
     (context / "4f0c").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")  # a pickled artefact: never opened

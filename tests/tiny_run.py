@@ -14,7 +14,7 @@ defaults:
 name: tiny
 run_dir: {run_dir}
 model: {{num_layers: 3, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2,
-         kv_channels: 8, vocab_size: 300, seq_length: 64}}
+         kv_channels: 8, vocab_size: 300, seq_length: 64, family: qwen3, qk_layernorm: true}}
 trainer: {{accelerator: cpu, devices: 2, log_every_n_steps: 1}}
 parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
 train_tokenizer: {{vocab_size: 300}}

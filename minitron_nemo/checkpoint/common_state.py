@@ -13,7 +13,7 @@ from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.pickle_machine import Record, run
-from minitron_nemo.checkpoint.restricted_metadata import DTYPES, StoredObject, one_line
+from minitron_nemo.checkpoint.restricted_metadata import DTYPES, ENUM_MEMBERS, StoredObject, one_line
 from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, COMMON_OBJECT
 from minitron_nemo.errors import UserError
 
@@ -40,6 +40,8 @@ def named(module: str, name: str) -> Any:
         return dict
     if module == "torch" and name in DTYPES:
         return DTYPES[name]
+    if (module, name) in ENUM_MEMBERS:
+        return ENUM_MEMBERS[module, name]
     is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     is_megatron = module.split(".")[0] == "megatron"  # its enumerations and records, by release
     return Record if is_storage or is_megatron or (module, name) in _RECORDS else None

@@ -32,6 +32,22 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
+class EnumMember(Record):
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 pickle it (Debian 12 has 3.11.2): getattr(class, name).
+
+    Nothing is looked up here: it stays a record of both.
+    """
+
+    def __init__(self, kind: Any, name: Any) -> None:
+        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str)):
+            raise ValueError("it asks for an attribute of what is no enumeration")
+        super().__init__(kind, name)
+
+
+# The second in the protocol of torch.save.
+ENUM_MEMBERS = dict.fromkeys((("builtins", "getattr"), ("__builtin__", "getattr")), EnumMember)
+
+
 class _Metadata(Record):
     pass
 
@@ -57,6 +73,7 @@ def _table() -> dict[tuple[str, str], Any]:
         ("pathlib", "PurePosixPath"): Record,
         (filesystem, "_StorageInfo"): Record,
         (filesystem, "_StoragePrefix"): Record,
+        **ENUM_MEMBERS,
     }
     for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
                  "_MEM_FORMAT_ENCODING"):  # fmt: skip

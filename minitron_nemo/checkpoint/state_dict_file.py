@@ -105,14 +105,13 @@ class StateDictFile:
         self._views = dict(_flat(state))
         self._starts: dict[str, int] = {}
         for name, view in self._views.items():
-            storage = view.storage
-            if storage.key not in self._starts:
-                entry = entries[f"{folder}data/{storage.key}"]
-                self._starts[storage.key] = data_start(file, entry)
-                end = self._starts[storage.key] + storage.elements * storage.dtype.itemsize
-                if storage.elements * storage.dtype.itemsize > entry.file_size or end > file.length:
-                    raise ValueError(f"the elements of {name} are cut short")
-            if view.first + math.prod(view.shape) > storage.elements:
+            key, size = view.storage.key, view.storage.elements * view.storage.dtype.itemsize
+            entry = entries[f"{folder}data/{key}"]
+            if key not in self._starts:
+                self._starts[key] = data_start(file, entry)
+            if size > entry.file_size or self._starts[key] + size > file.length:
+                raise ValueError(f"the elements of {name} are cut short")
+            if view.first + math.prod(view.shape) > view.storage.elements:
                 raise ValueError(f"{name} leaves its storage")
 
 

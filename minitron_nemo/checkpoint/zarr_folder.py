@@ -31,8 +31,9 @@ class ZarrTensors:
 
     def __init__(self, contents: Contents) -> None:
         self.folder, self._contents = contents.path, contents
-        self._names = set(contents.names())
-        keys = sorted(name.removesuffix(f"/{DESCRIPTION}") for name in self._names if name.endswith(f"/{DESCRIPTION}"))
+        names = contents.names()
+        self._files = len(names)
+        keys = sorted(name.removesuffix(f"/{DESCRIPTION}") for name in names if name.endswith(f"/{DESCRIPTION}"))
         self._arrays = {key: self._array(key) for key in keys if is_plain_name(key)}
 
     def keys(self) -> list[str]:
@@ -45,7 +46,12 @@ class ZarrTensors:
         return self._arrays[key][0].dtype
 
     def check_whole(self, keys: Iterable[str]) -> None:
-        """Nothing: that every chunk is there was seen when the folder was opened."""
+        """Refuse, by name, the first chunk that is missing or of another size."""
+        for key in keys:
+            array, chunk, _ = self._arrays[key]
+            grid = [math.ceil(size / step) for size, step in zip(array.shape, chunk, strict=True)]
+            for index in itertools.product(*map(range, grid)):
+                self._find_chunk(key, index)
 
     def verify(self) -> None:
         """Nothing: zarr keeps no hashes."""
@@ -67,9 +73,7 @@ class ZarrTensors:
         return result
 
     def _read_chunk(self, key: str, index: tuple[int, ...], shared: Box, out: Tensor) -> None:
-        array, chunk, separator = self._arrays[key]
-        name = f"{key}/{separator.join(map(str, index))}"
-        found = self._chunk_file(name, math.prod(chunk) * array.dtype.itemsize)
+        found, (array, chunk, _) = self._find_chunk(key, index), self._arrays[key]
         offset = tuple(at - i * c for at, i, c in zip(shared.offset, index, chunk, strict=True))
         with found.path.open("rb", buffering=0) as file:
 
@@ -79,9 +83,11 @@ class ZarrTensors:
             try:
                 read_part(fill, SavedTensor.in_order(array.dtype, chunk), Box(offset, shared.size), out)
             except EOFError:
-                raise UserError(f"{self.folder / name}: ends before its chunk does; the file was cut short") from None
+                raise UserError(f"{found.path}: ends before the chunk of {key} does; it was cut short") from None
 
-    def _chunk_file(self, name: str, size: int) -> Stretch:
+    def _find_chunk(self, key: str, index: tuple[int, ...]) -> Stretch:
+        array, chunk, separator = self._arrays[key]
+        name, size = f"{key}/{separator.join(map(str, index))}", math.prod(chunk) * array.dtype.itemsize
         found = self._contents.find(name)
         if found is None or found.length != size:
             held = "is missing" if found is None else f"has {found.length} bytes, not {size}"
@@ -89,7 +95,7 @@ class ZarrTensors:
         return found
 
     def _array(self, key: str) -> tuple[SavedTensor, tuple[int, ...], str]:
-        """(dtype and shape, shape of a chunk, separator in names of chunks) of an array, every chunk being there."""
+        """(dtype and shape, shape of a chunk, separator in names of chunks) of an array."""
         source = self.folder / key / DESCRIPTION
         values = read_json_in(self._contents, f"{key}/{DESCRIPTION}")
         if values.get("zarr_format") != 2:
@@ -109,10 +115,8 @@ class ZarrTensors:
         if shape is None or chunk is None or len(shape) != len(chunk) or separator not in (".", "/"):
             raise UserError(f"{source}: shape, chunks and dimension_separator must describe a grid of chunks")
         grid = [math.ceil(size / step) for size, step in zip(shape, chunk, strict=True)]
-        if math.prod(grid) > len(self._names):
+        if math.prod(grid) > self._files:
             raise UserError(f"{source}: describes {math.prod(grid)} chunks, there are not so many files; some are lost")
-        for index in itertools.product(*map(range, grid)):
-            self._chunk_file(f"{key}/{separator.join(map(str, index))}", math.prod(chunk) * dtype.itemsize)
         return SavedTensor.in_order(dtype, shape), chunk, separator
 
 

@@ -7,11 +7,15 @@ from minitron_nemo.config.setting import count, path, setting
 
 
 class CheckpointFormat(Enum):
-    """The formats that are written; more are read (docs/formats.md)."""
+    """The formats that are written; docs/formats.md has what each is."""
 
     nemo = "nemo"
     nemo_tar = "nemo_tar"
     hf = "hf"
+    nemo1 = "nemo1"
+    nemo2 = "nemo2"
+    megatron = "megatron"
+    megatron_019 = "megatron_019"
 
 
 @dataclass

@@ -17,7 +17,6 @@ from minitron_nemo.data.corpus_facts import Skipped
 from minitron_nemo.data.text_files import (
     Kind,
     Span,
-    check_readable,
     is_known,
     kind_of,
     read_records,
@@ -51,7 +50,6 @@ def find_files(corpus: CorpusConfig, *, name: str) -> FoundFiles:
     is_stdlib = corpus.input == STDLIB
     source = Path(sysconfig.get_paths()["stdlib"] if is_stdlib else corpus.input)
     if source.is_file():
-        check_readable(source)
         return FoundFiles([source], {})
     if not source.is_dir():
         raise UserError(
@@ -72,8 +70,6 @@ def find_files(corpus: CorpusConfig, *, name: str) -> FoundFiles:
             f"prepare_data.corpora.{name}: {corpus.input} has no files for glob {corpus.glob!r} and "
             f"exclude {corpus.exclude} ({len(found)} before exclude; not known as text: {result.describe() or 'none'})"
         )
-    for path in kept:
-        check_readable(path)
     return result
 
 

@@ -4,7 +4,6 @@ Imported by worker processes, so nothing heavy is imported here.
 """
 
 import gzip
-import importlib.util
 import io
 import json
 import zlib
@@ -25,10 +24,8 @@ PLAIN = (
     ".cpp", ".cxx", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".r", ".jl",
     ".scala", ".kt", ".swift", ".lua", ".pl", ".hs", ".css", ".yaml", ".yml",
 )  # fmt: skip
-NEEDS = {".zst": "zstandard", ".parquet": "pyarrow"}  # packages that are not among our own
 # Bytes of one document or JSON array: more is a slip or a bomb, and an .idx counts tokens up to here.
 DOCUMENT_LIMIT = 2**31 - 1024
-READ_SIZE = 1 << 14  # bytes of a .zst taken at a time: what they unpack to is in memory
 
 
 class Kind(Enum):
@@ -68,16 +65,6 @@ def is_known(path: Path) -> bool:
     return kind_of(path) is not Kind.plain or suffix_of(path) in PLAIN
 
 
-def check_readable(path: Path) -> None:
-    """Refuse a file that needs a package which is not installed."""
-    package = NEEDS.get(path.suffix.lower())
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{path}: {path.suffix} is read with the package {package}, which is not installed: `pip install "
-            f"{package}`, or convert it to .jsonl or .jsonl.gz"
-        )
-
-
 def is_divisible(path: Path) -> bool:
     """Whether pieces of the file can be read on their own: lines that are not compressed."""
     if path.suffix.lower() in COMPRESSED:
@@ -108,43 +95,26 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix.lower() == ".zst":
-        check_readable(path)
-        return io.BufferedReader(_ZstdReader(path), READ_SIZE)
+        return io.BufferedReader(_ZstdReader(path))
     return path.open("rb")
 
 
 class _ZstdReader(io.RawIOBase):
-    """The content of all frames of a .zst. The package's own reader takes a file that breaks off for a whole one."""
+    """The content of all frames of a .zst. pyarrow unpacks it and lacks `tell`, which a buffered reader asks for."""
 
     def __init__(self, path: Path) -> None:
-        import zstandard
+        import pyarrow
 
-        self._file = path.open("rb")
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._packed, self._content = b"", memoryview(b"")
+        self._content = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            self._packed = self._packed or self._file.read(READ_SIZE)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("it breaks off in the middle")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._content = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._content))
-        buffer[:count], self._content = self._content[:count], self._content[count:]
-        return count
+        return self._content.readinto(buffer)
 
     def close(self) -> None:
-        self._file.close()
+        self._content.close()
         super().close()
 
 
@@ -153,10 +123,6 @@ def _limited(path: Path, read: Callable[[], bytes]) -> bytes:
     try:
         raw = read()
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}; fetch it again") from None
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":  # of a package that may not be there
-            raise
         raise UserError(f"{path}: cannot be read: {error}; fetch it again") from None
     if len(raw) > DOCUMENT_LIMIT:
         raise UserError(f"{path}: one document of more than {DOCUMENT_LIMIT} bytes; divide it, one document a line")
@@ -212,7 +178,6 @@ def _array_texts(path: Path, text_key: str) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path, text_key: str) -> Iterator[str]:
-    check_readable(path)
     import pyarrow
     from pyarrow import parquet
 

@@ -78,7 +78,11 @@ def start(rank: Rank, *, gpu: bool) -> "torch.device":
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group("nccl" if gpu else "gloo", rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT)
+        # A world of one needs no meeting place, and so no port that another program may have.
+        store = dist.HashStore() if rank.world_size == 1 else None
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT, store=store
+        )
     return torch.device("cuda", rank.local_rank) if gpu else torch.device("cpu")
 
 

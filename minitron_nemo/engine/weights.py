@@ -42,14 +42,19 @@ def local_pieces(
     """Every block of logical tensors that this rank holds, as views of its parameters; of `only` some when given."""
     table = logical_tensors(arch)
     wanted = None if only is None else {id(parameter) for parameter in only}
+    for name, parameter in local_parameters(model):
+        if wanted is not None and id(parameter) not in wanted:
+            continue
+        if name == OUTPUT and OUTPUT not in table:
+            name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
+        yield from _pieces(table[name], parameter.data, groups)
+
+
+def local_parameters(model: ModelChunks) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters, each with the name of the logical tensor that it is a part of."""
     for chunk in model.gpts():
         for name, parameter in chunk.named_parameters():
-            if wanted is not None and id(parameter) not in wanted:
-                continue
-            logical_name = _logical_name(name, _first_layer(chunk))
-            if logical_name == OUTPUT and OUTPUT not in table:
-                logical_name = EMBEDDING  # a tied head on the last pipeline stage is a copy of the table
-            yield from _pieces(table[logical_name], parameter.data, groups)
+            yield _logical_name(name, _first_layer(chunk)), parameter
 
 
 def _first_layer(chunk: HeadlessGPT) -> int:

@@ -1,6 +1,7 @@
 """How the models of a run were made: the part each plays, its training, and what its manifest says of its origin."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from minitron_nemo.artefacts.contents import contents_of, has
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, manifest_sha256, read_manifest
 from minitron_nemo.artefacts.records import read_record
+from minitron_nemo.errors import UserError
 
 Records = list[dict[str, Any]]
 
@@ -70,10 +72,13 @@ def reference_of(run_dir: Path, names: Sequence[str]) -> str:
 
 
 def folders_by_hash(run_dir: Path) -> dict[str, Path]:
-    """The models of a run by the SHA-256 of their manifests."""
-    return {
-        manifest_sha256(path): path for path in sorted(run_dir.glob("*.nemo")) if has(contents_of(path), MANIFEST_FILE)
-    }
+    """The models of a run, packed ones too, by the SHA-256 of their manifests; what is no model is passed over."""
+    found = {}
+    for path in sorted(run_dir.glob("*.nemo")):
+        with suppress(UserError):
+            if has(contents := contents_of(path), MANIFEST_FILE):
+                found[manifest_sha256(contents)] = path
+    return found
 
 
 def _part(manifest: Manifest, folders: Mapping[str, Path]) -> str:

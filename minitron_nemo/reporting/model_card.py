@@ -208,7 +208,12 @@ def _evaluation(path: Path, wished: Path | None) -> dict[str, Any] | None:
     place = wished or path.parent / "eval" / f"{path.name.removesuffix('.nemo')}.json"
     if wished is None and not place.is_file():
         return None
-    record = read_record(place, kind="evaluation")
+    try:
+        record = read_record(place, kind="evaluation")
+    except UserError:
+        if wished is not None:
+            raise
+        return None  # nobody asked for it
     parents = record.get("parents")
     if isinstance(parents, dict) and parents.get("model") == manifest_sha256(path):
         return record

@@ -12,6 +12,7 @@ from minitron_nemo.losses.divergences.top_k_kl import TopKKL
 from minitron_nemo.losses.hidden_state import COSINE, MSE, HiddenStateLoss, StateNorm
 from minitron_nemo.losses.kernels.choice import kernel_for
 from minitron_nemo.losses.lm_head import HeadLoss
+from minitron_nemo.pruning.plain_forward import plain_logits
 from minitron_nemo.testing import TINY, random_batch, random_nemo
 
 pytestmark = [
@@ -120,3 +121,23 @@ def test_head_loss_on_gpu_equals_that_on_cpu(divergence, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def said_by_nemos_model(rank, path, tokens):
+    """Logits of a restored MinitronGPT and what it generates from the same tokens, as plain lists."""
+    from minitron_nemo import MinitronGPT
+
+    model = MinitronGPT.restore_from(path)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    with torch.no_grad():
+        return model(tokens).cpu().tolist(), model.generate(tokens, max_new_tokens=8).cpu().tolist()
+
+
+def test_nemos_model_on_gpu_says_what_plain_torch_says_on_cpu(tmp_path):
+    source = random_nemo(tmp_path / "model.nemo", TINY["llama"])
+    tokens = random_batch(source.arch, samples=2)["tokens"]
+    logits, said = run_on_ranks(said_by_nemos_model, str(source.path), tokens, num_ranks=1, gpu=True)
+    torch.testing.assert_close(torch.tensor(logits), plain_logits(source.weights, tokens), rtol=1e-4, atol=1e-4)
+    for _ in range(8):
+        tokens = torch.cat([tokens, plain_logits(source.weights, tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(torch.tensor(said), tokens)

@@ -77,14 +77,14 @@ FAULTS = [
     Fault(
         PUBLISHING,
         "a folder that is no artefact is overwritten",
-        find="(path / MANIFEST_FILE).is_file())",
+        find="is_empty or _is_artefact(path))",
         replace="True)",
         tests=f"{TEST_MANIFEST} -k no_artefact_is_never",
     ),
     Fault(
         PUBLISHING,
         "a step that failed leaves its draft behind",
-        find="shutil.rmtree(self.folder, ignore_errors=True)",
+        find="shutil.rmtree(self._temp, ignore_errors=True)",
         replace="pass",
         tests=f"{TEST_MANIFEST} -k failed",
     ),

@@ -43,10 +43,17 @@ FAULTS = [
     ),
     Fault(
         "minitron_nemo/engine/model.py",
-        "each rank keeps its own part of the gradients of the norms of queries and keys",
+        "norms of queries and keys are left out where tensor parallelism splits the heads",
         find="qk_layernorm=arch.qk_layernorm,",
         replace="qk_layernorm=arch.qk_layernorm and options.groups.layout.tp == 1,",
         tests="tests/distributed/test_training_layouts.py -k 'gradient and tp2' -x",
+    ),
+    Fault(
+        "minitron_nemo/engine/model.py",
+        "Transformer Engine's layers have no norms of queries and keys",
+        find="(qk_layernorm=config.qk_layernorm)",
+        replace="()",
+        tests="tests/unit/test_accelerations.py -k engine_have -x",
     ),
     Fault(
         "minitron_nemo/pruning/plain_forward.py",
@@ -84,10 +91,10 @@ FAULTS = [
         tests=TEST_CONFIG,
     ),
     Fault(
-        HF_CONFIG,
+        FAMILIES,
         "a shape is written as a family that cannot have it",
-        find="if (what := family.misfit(arch)) is not None:",
-        replace="if (what := family.misfit(arch)) is None:",
+        find="if (found := getattr(arch, name)) != value:",
+        replace="if (found := getattr(arch, name)) is None:",
         tests=TEST_CONFIG,
     ),
     Fault(

@@ -122,6 +122,8 @@ BAD_INPUT = [
     ("correct_teacher", ["correct_teacher.checkpoint={}/stranger.nemo"], "tokenizer"),
     ("distill", ["distill.checkpoint={}/stranger.nemo"], "different tokenizers"),
     ("evaluate", ["evaluate.checkpoint={}/stranger.nemo"], "different tokenizers"),
+    ("random_init", ["model.qk_layernorm=false", "random_init.output={}/new.nemo"],
+     "model.qk_layernorm=False: no Qwen3ForCausalLM has that"),
     ("random_init", ["model.vocab_size=200", "random_init.output={}/new.nemo"], "the tokenizer has 300 ids"),
     # what is not a model
     ("distill", ["distill.checkpoint={notes}"], "is not a .nemo model folder"),

@@ -45,7 +45,7 @@ def test_every_format_that_is_written_comes_back_bit_for_bit(start, tmp_path, fo
     assert again.arch == start.arch
     for name in start.weights.names():
         assert torch.equal(again.weights.read(name), start.weights.read(name))
-    assert open_checkpoint(there).format == format
+    assert open_checkpoint(there).format == format.removesuffix("_019")
     if FORMATS[format].splits:
         assert len(list(there.rglob("*.distcp"))) == 4
 
@@ -89,7 +89,9 @@ def test_an_audit_says_what_every_format_is(start, tmp_path):
     for format in WRITTEN:
         assert convert(start.path, tmp_path / format, format) == 0
         found = audit(tmp_path / format, values=True)
-        assert (found.is_sound, found.format, found.finite) == (True, format, True), in_lines(found)
+        assert (found.is_sound, found.format, found.finite) == (True, format.removesuffix("_019"), True), in_lines(
+            found
+        )
         assert (found.parameters, found.precision) == (start.arch.num_params(), "float32")
         assert found.tensors == len(start.weights.names())
         assert found.hashes

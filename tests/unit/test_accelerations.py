@@ -11,13 +11,14 @@ from minitron_nemo.config.rules import check_ranks
 from minitron_nemo.distributed.groups import Groups
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.engine import accelerations
+from minitron_nemo.engine import model as engine_model
 from minitron_nemo.engine.model import BuildOptions, transformer_config
 from minitron_nemo.errors import UserError
 from minitron_nemo.steps import estimate
 from minitron_nemo.steps.estimate import heard_by
 from minitron_nemo.steps.options import build_options
 from minitron_nemo.steps.settings import settings_of
-from minitron_nemo.testing import LLAMA
+from minitron_nemo.testing import LLAMA, TINY
 
 ON_GPUS = ["trainer.accelerator=gpu", "trainer.precision=bf16"]
 
@@ -83,3 +84,15 @@ def test_buffers_for_overlap_have_the_shape_of_a_micro_batch(monkeypatch):
         config = transformer_config(LLAMA, BuildOptions(groups=groups, tp_comm_overlap=overlap))
         accelerations.start_tp_comm_overlap(config, groups, seq_length=64, micro_batch_size=3)
     assert asked == [dict(shape=[96, LLAMA.hidden_size], tp_size=2, use_fp8=False, bootstrap_backend="nccl")]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_layers_of_transformer_engine_have_the_biases_and_norms_of_the_family(family, monkeypatch):
+    """It runs on no CPU: this is what Megatron is told to build them of."""
+    asked, options = [], BuildOptions(groups=Groups())
+    config = transformer_config(TINY[family], options)
+    monkeypatch.setattr(engine_model, "has_transformer_engine", lambda device: True)
+    monkeypatch.setattr(engine_model, "get_gpt_layer_with_transformer_engine_spec", lambda **a: asked.append(a))
+    engine_model._block_spec(config, options, vp_stage=None)
+    assert asked == [{"qk_layernorm": family == "qwen3"}]
+    assert (config.add_qkv_bias, config.add_bias_linear) == (family == "qwen2", False)

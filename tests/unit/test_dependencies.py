@@ -23,8 +23,9 @@ def imported(*folders: str) -> set[str]:
     """Distributions of the third-party modules that files under these folders import, anywhere in them."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     modules = {module.split(".")[0] for path in files for module, _ in imported_names(path)}
-    loose = [path for path in files if "minitron_nemo" not in path.parts]  # those that are found without their folder
-    ours = {"minitron_nemo", "recipes", "tests", *(path.stem for path in loose), *(path.parent.name for path in loose)}
+    by_their_name = [path for path in files if "minitron_nemo" not in path.relative_to(ROOT).parts]
+    ours = {"minitron_nemo", "recipes", "tests"}
+    ours |= {name for path in by_their_name for name in (path.stem, path.parent.name)}
     known = packages_distributions()
     third = modules - ours - set(sys.stdlib_module_names)
     return {canonicalize_name(known[module][0]) for module in third if module in known} | (third - set(known))
@@ -36,8 +37,8 @@ def declared(requirements: list[str]) -> dict[str, Requirement]:
 
 def test_the_package_declares_what_it_imports_and_nothing_else():
     extras = PROJECT["optional-dependencies"]
-    names = set(declared(PROJECT["dependencies"] + extras["text"] + extras["sign"]))
-    assert names - set(THROUGH_ANOTHER) - {"nemo-toolkit"} == imported("minitron_nemo", "recipes") - WITH_TORCH
+    names = set(declared(PROJECT["dependencies"] + extras["sign"]))
+    assert names - set(THROUGH_ANOTHER) == imported("minitron_nemo", "recipes") - WITH_TORCH
 
 
 def test_what_another_library_imports_for_us_is_used():
@@ -49,7 +50,7 @@ def test_what_another_library_imports_for_us_is_used():
 
 def test_tests_import_nothing_that_dev_does_not_bring():
     extras = PROJECT["optional-dependencies"]
-    names = set(declared(PROJECT["dependencies"] + extras["dev"] + extras["text"] + extras["oracle"] + extras["bench"]))
+    names = set(declared(PROJECT["dependencies"] + extras["dev"] + extras["oracle"] + extras["bench"]))
     known_as = {"modelopt": "nvidia-modelopt", "liger_kernel": "liger-kernel"}  # where it is not installed
     assert {known_as.get(name, name) for name in imported("tests", "benchmarks")} <= names
 

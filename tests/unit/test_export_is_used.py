@@ -13,7 +13,6 @@ from minitron_nemo.checkpoint.formats.nemo import NemoFolder, open_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.pruning.make_plan import make_plan
 from minitron_nemo.pruning.plain_forward import plain_logits
-from minitron_nemo.shape.arch import FAMILIES
 from minitron_nemo.shape.axes import shrink
 from minitron_nemo.steps.prune import prune
 
@@ -33,7 +32,7 @@ def exported_student(family, folder) -> tuple[NemoFolder, str]:
     return student, str(folder / "out")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_transformers_generates_the_tokens_that_our_forward_pass_likes_best(family, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -10,19 +10,26 @@ import foreign_layouts as foreign
 import pytest
 import torch
 import yaml
+from hf_models import LLAMA3_ROPE, save_tiny_hf
 from in_memory import InMemory
 
 from minitron_nemo.artefacts.contents import contents_of, read_small
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.formats import megatron, nemo1, nemo2
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
+from minitron_nemo.checkpoint.formats.hf import arch_from_hf
 from minitron_nemo.checkpoint.formats.tokenizer_size import tokenizer_size
+from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.restricted_metadata import read_metadata
 from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.checkpoint.state_dict_file import StateDictFile
+from minitron_nemo.checkpoint.zarr_folder import ZarrTensors
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
+from minitron_nemo.pruning.plain_forward import PlainModel
 from minitron_nemo.shape.arch import RopeScaling
-from minitron_nemo.testing import LLAMA, MISTRAL, NEMOTRON
+from minitron_nemo.testing import LLAMA, MISTRAL, NEMOTRON, TINY
 
 # What Megatron-Core scales rotary frequencies by is fixed but for the factor.
 SCALED = dataclasses.replace(LLAMA, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
@@ -31,7 +38,10 @@ MODELS = {
     "tied": dataclasses.replace(SCALED, share_embeddings_and_output_weights=True, rope_scaling=None),
     "mistral": MISTRAL,
     "nemotron": NEMOTRON,
+    "qwen2": TINY["qwen2"],
+    "qwen3": TINY["qwen3"],
 }
+UNTOLD = {"mistral": "llama"}  # what a config that names no family is taken for
 MULTIHEAD = dataclasses.replace(MODELS["tied"], num_query_groups=8, share_embeddings_and_output_weights=False)
 
 
@@ -53,6 +63,8 @@ LAYOUTS = {
     "tied": Layout(tp=2, pp=2),
     "mistral": Layout(),
     "nemotron": Layout(tp=4),
+    "qwen2": Layout(tp=4, pp=2),
+    "qwen3": Layout(tp=2, pp=4),
 }
 
 
@@ -107,7 +119,7 @@ def test_runs_of_megatron_are_read(tmp_path, model, core):
     kind = {"run_config": True} if core == "bridge" else {"core": core}
     foreign.megatron_run(tmp_path / "run", source, **kind)
     found = opened(megatron, tmp_path / "run")
-    assert_same(found, source, family="nemotron" if model == "nemotron" else "llama")
+    assert_same(found, source, family=UNTOLD.get(model))
     assert {"iteration 1200", "5 rows of padding in the vocabulary"} <= set(found.notes)
     assert_same(opened(megatron, tmp_path / "run" / "iter_0001200"), source, family=found.arch.family)
 
@@ -117,7 +129,7 @@ def test_folders_of_nemo_2_are_read(tmp_path, model):
     source = InMemory(MODELS[model])
     family = {"tied": "llama"}.get(model, model)
     foreign.nemo2(tmp_path / "nemo2", source, name=f"{family}.{family.title()}Model")
-    (tmp_path / "nemo2/context/nemo_tokenizer/tokenizer.json").write_text("{}")
+    (tmp_path / "nemo2/context/llama-tokenizer/tokenizer.json").write_text("{}")
     found = opened(nemo2, tmp_path / "nemo2")
     assert_same(found, source)
     assert found.tokenizer.names() == ["tokenizer.json"]
@@ -127,7 +139,7 @@ def test_folders_of_nemo_2_are_read(tmp_path, model):
 def test_archives_of_nemo_1_are_read(tmp_path, model):
     """torch_dist of both prefixes, zarr over two ranks in bf16, the archive packed; nothing tells a Mistral."""
     source = InMemory(MODELS[model], torch.bfloat16)
-    family = "nemotron" if model == "nemotron" else "llama"
+    family = UNTOLD.get(model)
     foreign.write_sentencepiece(tmp_path / "zarr", 131)
     foreign.nemo1_zarr(tmp_path / "zarr", source, tp=2, tokenizer=foreign.SENTENCEPIECE)
     foreign.nemo1_torch_dist(tmp_path / "dist", source, vocab_size=131)
@@ -150,7 +162,7 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("model", ["llama", "tied", "nemotron"])
+@pytest.mark.parametrize("model", ["llama", "tied", "nemotron", "qwen2", "qwen3"])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_files_of_ranks_are_put_together(tmp_path, model, ranks):
     source = InMemory(MODELS[model])
@@ -163,6 +175,25 @@ def test_nemo_own_layers_are_read(tmp_path):
     source = InMemory(MULTIHEAD, torch.float16)
     foreign.nemo1_ranks(tmp_path / "x", source, tp=2, spelling="nemo", vocab_size=131)
     assert_same(opened(nemo1, tmp_path / "x"), source)
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron"])
+def test_a_model_that_nemo_converted_gives_the_logits_of_hugging_face(tmp_path, family):
+    """In the files of four ranks, computed by our plain forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    rope = {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}} if family == "llama" else {}
+    hf = AutoModelForCausalLM.from_pretrained(save_tiny_hf(tmp_path / "hf", family, **rope))
+    converted = foreign.ConvertedByNemo(hf.state_dict(), arch_from_hf(tmp_path / "hf"))
+    foreign.nemo1_ranks(tmp_path / "nemo", converted, tp=2, pp=2, vocab_size=131)
+    model = PlainModel(opened(nemo1, tmp_path / "nemo").weights)
+    tokens = torch.arange(24).reshape(2, 12) * 5 % 131
+    x = model.embed(tokens)
+    for layer in range(converted.arch.num_layers):
+        x = x + model.attention(layer, x)
+        x = x + model.mlp(layer, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model.final_norm(x), 0, 131), hf(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("words", "found"), [(131, 131), (144, 144), (99, 144)])
@@ -265,6 +296,20 @@ def test_a_copy_of_the_tied_table_must_be_one(tmp_path):
         opened(nemo1, tmp_path / "x").weights.read("embedding.word_embeddings.weight")
 
 
+def test_views_of_one_storage_are_read_from_their_places(tmp_path):
+    """As ranks save them when their parameters lie in one buffer; a view by columns is refused."""
+    buffer = torch.arange(24.0)
+    torch.save({"a": buffer[:6].view(2, 3), "b": {"c": buffer[6:18].view(4, 3)}, "n": 1}, tmp_path / "x")
+    file = StateDictFile(Stretch.whole(tmp_path / "x"), label=tmp_path / "x")
+    assert file.names() == ["a", "b.c"]
+    assert torch.equal(file.read("a"), buffer[:6].view(2, 3))
+    assert torch.equal(file.read("b.c"), buffer[6:18].view(4, 3))
+    assert torch.equal(file.read("b.c", Box((1, 1), (2, 2))), buffer[6:18].view(4, 3)[1:3, 1:3])
+    torch.save({"a": buffer.view(4, 6).T}, tmp_path / "y")
+    with pytest.raises(UserError, match="a tensor is no contiguous one"):
+        StateDictFile(Stretch.whole(tmp_path / "y"), label=tmp_path / "y")
+
+
 CHUNK = "model_weights/model.decoder.layers.mlp.linear_fc2.weight/1.0.0"
 BAD_ZARR = {
     "compressed": ({"compressor": {"id": "blosc"}}, "only arrays without compressor"),
@@ -291,7 +336,55 @@ def test_bad_zarr_is_refused_by_name(tmp_path, case):
         (tmp_path / "x" / CHUNK).write_bytes(b"1234")
         message = "1.0.0: the chunk has 4 bytes, not 15360"
     with pytest.raises(UserError, match=re.escape(message)):
-        opened(nemo1, tmp_path / "x").weights.read("decoder.layers.1.mlp.linear_fc2.weight")
+        opened(nemo1, tmp_path / "x")
+
+
+def test_a_chunk_at_the_border_of_a_zarr_array_is_stored_whole(tmp_path):
+    """As the specification has it: what lies beyond the array is in its file and not in the array."""
+    described = {"zarr_format": 2, "shape": [3, 3], "chunks": [2, 2], "dtype": "<f4", "order": "C", "compressor": None}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".zarray").write_text(json.dumps({**described, "filters": None, "fill_value": None}))
+    padded = torch.arange(16.0).view(4, 4)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        chunk = padded[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        (tmp_path / "x" / f"{row}.{column}").write_bytes(chunk.contiguous().numpy().tobytes())
+    array = ZarrTensors(contents_of(tmp_path))
+    array.check_whole(array.keys())
+    assert torch.equal(array.read("x"), padded[:3, :3])
+    assert torch.equal(array.read("x", Box((1, 1), (2, 1))), padded[1:3, 1:2])
+
+
+def built(graph, value):
+    """The calls of a graph as nested dicts: what Fiddle would build of it, by the names of what is called."""
+    if value["type"] == "leaf":
+        return value["value"]
+    if value["type"] == "pyref":
+        return f"{value['module']}.{value['name']}"
+    config = graph["objects"][value["key"]]
+    traversed, arguments = (
+        {name.split("'")[1]: each for name, each in described["items"]}
+        for described in (graph["objects"][config["metadata"]["key"]], config)
+    )
+    names = [name for _, name in graph["objects"][traversed["argument_names"]["key"]]["items"]]
+    assert names == list(arguments)
+    return {"_target_": built(graph, traversed["fn_or_cls"]), **{k: built(graph, v) for k, v in arguments.items()}}
+
+
+def test_the_graph_that_nemo_2_builds_is_what_its_yaml_says(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    source = InMemory(LLAMA)
+    given = Checkpoint(tmp_path, "memory", LLAMA, torch.float32, source, contents_of(tmp_path / "in"))
+    nemo2.write(tmp_path / "out", given, stream(source), origin=Origin("x"))
+    described = yaml.safe_load((tmp_path / "out/context/model.yaml").read_text())
+    graph = json.loads((tmp_path / "out/context/io.json").read_text())
+    model = built(graph, graph["root"])["model"]
+    assert model["config"].pop("activation_func") == described["config"].pop("activation_func")["_target_"]
+    assert described["config"].pop("minitron_family") == "llama"
+    assert model == described
+    assert model["config"]["old_context_len"] == 32
+    text = json.dumps([graph["root"], graph["objects"]])
+    assert graph["refcounts"] == {key: text.count(f'"key": "{key}"') for key in graph["objects"]}
 
 
 # Fields that ask for what is not supported: each is named as its source spells it.

@@ -91,6 +91,22 @@ def test_the_card_says_what_was_made_from_what_and_the_notice_what_the_licence_a
     assert page.notes == []
 
 
+def test_packed_models_have_the_same_page(run, tmp_path):
+    def pack(name, **more):
+        model = open_nemo(run / f"{name}.nemo")
+        write_nemo(tmp_path / f"{name}.nemo", model.arch, stream(model.weights), dtype=torch.float32,
+                   tokenizer=model.tokenizer, packed=True, **more)  # fmt: skip
+
+    pack("pruned", origin=Origin("p"), files={"plan.json": small_plan(LLAMA).to_json().encode()})
+    pack("student", origin=Origin("s", lineage=ancestors({"student": tmp_path / "pruned.nemo"})))
+    (tmp_path / "broken.nemo").write_bytes(b"no tar")
+    assert (tmp_path / "student.nemo").is_file()
+    page = page_of(tmp_path)
+    assert header(page)["license"] == "llama3.1"
+    assert "hidden\\_size 48 -&gt; 24" in page.files["README.md"].decode(), "read off the packed model beside it"
+    assert page.files["NOTICE"].startswith(b"of the source\n\nLlama 3.1")
+
+
 def test_an_export_carries_what_came_with_the_source_and_opens_with_its_page(run, tmp_path):
     from transformers import GenerationConfig
 
@@ -126,6 +142,8 @@ def test_scores_are_those_of_this_very_model(run, tmp_path):
         assert "forward KL" not in text
     with pytest.raises(UserError, match="evaluates another model than"):
         page_of(run, wishes=Wishes(evaluation=record))
+    record.write_text("{")
+    assert "## Scores" not in page_of(run).files["README.md"].decode(), "a record that nobody asked for stops no export"
     record.unlink()
 
 

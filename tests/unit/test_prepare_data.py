@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_models import save_templated_tokenizer, save_tiny_tokenizer
+from killed import killed
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from minitron_nemo.config.schema import CorpusConfig
@@ -270,10 +270,6 @@ def test_an_error_in_a_worker_process_reaches_the_user(prepare, tmp_path, monkey
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n' * 5 + b"{\n")
     with pytest.raises(UserError, match="line 6"):
         prepare(CorpusConfig(input=str(tmp_path / "a.jsonl")), workers=2)
-
-
-def killed(job):
-    os._exit(9)
 
 
 def test_a_killed_worker_is_reported_and_does_not_hang(prepare, tmp_path, monkeypatch):

@@ -29,7 +29,9 @@ from minitron_nemo.steps.prune import prune, repairs_of
 from minitron_nemo.testing import TINY, random_batch
 
 # Four heads in each of two groups, of which three stay: more than one removed head would need more than half.
-ARCHS = {name: dataclasses.replace(arch, num_query_groups=2, num_layers=2) for name, arch in TINY.items()}
+# Norms of queries and keys are no repair's concern.
+ARCHS = {name: dataclasses.replace(TINY[name], num_query_groups=2, num_layers=2)
+         for name in ("llama", "mistral", "nemotron", "qwen2")}  # fmt: skip
 TARGET = {"hidden_size": 36, "ffn_hidden_size": 50, "num_attention_heads": 6}
 KINDS = {
     "head_residual": Repairs(head_residual="plus"),
@@ -54,7 +56,7 @@ class World:
         return repaired(self.source, plan or self.plan, repairs, scores=self.scores, moments=self.moments)
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=ARCHS)
 def world(request, tmp_path_factory):
     arch = ARCHS[request.param]
     source, scores = InMemory(arch), random_scores(arch, seed=3)

@@ -1,22 +1,21 @@
 """Every kind of file gives the same documents; what is not known to be text is named and not trained on."""
 
 import gzip
-import importlib.util
 import json
 import logging
 
+import pyarrow
 import pytest
+from pyarrow.parquet import write_table
 
 from minitron_nemo.config.schema import CorpusConfig
 from minitron_nemo.data import shards, text_files
-from minitron_nemo.data.corpora import find_files, read_documents
+from minitron_nemo.data.corpora import read_documents
 from minitron_nemo.data.prepare import prepare_corpus
 from minitron_nemo.data.tokenizer import train_tokenizer
 from minitron_nemo.errors import UserError
 
 TEXTS = [f"document {i}\r\nwith na\u00efve \u591a words {'more ' * i}" for i in range(30)]
-needs_zstandard = pytest.mark.skipif(importlib.util.find_spec("zstandard") is None, reason="zstandard is not installed")
-needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 
 
 def lines(texts=TEXTS):
@@ -28,18 +27,13 @@ def array(texts=TEXTS):
 
 
 def zstd(raw):
-    import zstandard
-
     half = len(raw) // 2  # two frames, as tools that work in parallel write them
-    return b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:half], raw[half:]))
+    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (raw[:half], raw[half:]))
 
 
 def parquet(path, texts=TEXTS, *, large=False):
-    import pyarrow
-    from pyarrow import parquet
-
     column = pyarrow.array(texts, pyarrow.large_string() if large else pyarrow.string())
-    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": column}), path, row_group_size=7)
+    write_table(pyarrow.table({"id": list(range(len(texts))), "text": column}), path, row_group_size=7)
 
 
 def documents(path, **settings):
@@ -79,21 +73,16 @@ def test_the_documents_are_the_same_however_they_are_kept(tmp_path, name, conten
     assert documents(tmp_path / name) == documents(tmp_path) == TEXTS
 
 
-@needs_zstandard
 @pytest.mark.parametrize(("name", "make"), [("a.jsonl.zst", lines), ("a.json.zst", array)])
-def test_zstandard_is_unpacked(tmp_path, name, make, monkeypatch):
+def test_zstandard_is_unpacked(tmp_path, name, make):
     (tmp_path / name).write_bytes(zstd(make()))
     assert documents(tmp_path) == TEXTS
     (tmp_path / name).write_bytes(zstd(make())[:-20])
-    assert "cannot be read: it breaks off in the middle" in refusal(tmp_path / name)
-    monkeypatch.setattr(text_files, "READ_SIZE", 7)
-    (tmp_path / name).write_bytes(zstd(make()))
-    assert documents(tmp_path) == TEXTS
+    assert "cannot be read: Truncated compressed stream" in refusal(tmp_path / name)
     (tmp_path / name).write_bytes(b"nothing of the kind")
     assert "cannot be read" in refusal(tmp_path / name)
 
 
-@needs_pyarrow
 @pytest.mark.parametrize("large", [False, True])
 def test_a_column_of_a_table_is_read(tmp_path, large):
     parquet(tmp_path / "a.parquet", [*TEXTS, None, ""], large=large)
@@ -102,18 +91,6 @@ def test_a_column_of_a_table_is_read(tmp_path, large):
     assert "column 'id' must hold strings, it holds int64" in refusal(tmp_path / "a.parquet", text_key="id")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
     assert "cannot be read" in refusal(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_read(
-    tmp_path, name, package, monkeypatch
-):
-    monkeypatch.setattr(text_files.importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "b.txt").write_text("fine")
-    (tmp_path / name).write_bytes(b"x")
-    for path in (tmp_path, tmp_path / name):
-        with pytest.raises(UserError, match=f"{name}: .* package {package}, which is not installed: `pip install"):
-            find_files(CorpusConfig(input=str(path)), name="web")
 
 
 def test_a_packed_plain_file_is_one_document(tmp_path):

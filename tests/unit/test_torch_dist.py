@@ -1,19 +1,29 @@
 """The torch_dist stream: what is written comes back, by us and by Megatron-Core, and nothing hostile gets in."""
 
+import enum
 import hashlib
+import io
 import math
 import os
 import pickle
+import signal
 from pathlib import Path
 
+import foreign_layouts as foreign
 import pytest
 import torch
 import torch.distributed as dist
+from in_memory import InMemory
 from torch.overrides import TorchFunctionMode
 
+from minitron_nemo.artefacts.contents import contents_of
+from minitron_nemo.checkpoint.common_state import read_common_state
+from minitron_nemo.checkpoint.formats.megatron import open_checkpoint
 from minitron_nemo.checkpoint.geometry import Box
+from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, with_own_storage, write_metadata
 from minitron_nemo.errors import UserError
+from minitron_nemo.testing import TINY
 
 
 def numbered(*shape, dtype=torch.float32):
@@ -174,7 +184,7 @@ def test_a_metadata_file_that_runs_code_is_refused_and_nothing_runs(tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("name", ["torch.load", "torch.hub.load", "builtins.eval", "builtins.getattr", "os.system"])
+@pytest.mark.parametrize("name", ["torch.load", "torch.hub.load", "builtins.eval", "builtins.setattr", "os.system"])
 def test_a_name_outside_the_closed_table_is_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
@@ -296,6 +306,24 @@ def test_what_megatron_saves_we_read(tmp_path, megatron):
     assert torch.equal(reader.read("table"), numbered(5, 6))
 
 
+def test_a_run_that_megatron_saves_we_read(tmp_path, megatron):
+    """With its arguments, in `common.pt` or among the tensors, as the release of Megatron-Core does it."""
+    source = InMemory(TINY["mistral"], torch.bfloat16)
+    make, state = megatron.ShardedTensor.from_rank_offsets, {}
+    for key, tensor in foreign.stacked(source, vocabulary=8).items():
+        is_layers = key.startswith(foreign.LAYER)
+        state |= sharded(megatron, key, list(tensor.clone())) if is_layers else {key: make(key, tensor.clone())}
+    common = {"args": foreign.megatron_args(source.arch), "iteration": 3, "checkpoint_version": 3.0}
+    (tmp_path / "iter_0000003").mkdir()
+    with foreign.common_classes():
+        megatron.save({"model": state, **common}, str(tmp_path / "iter_0000003"))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    found = open_checkpoint(contents_of(tmp_path))
+    assert (found.arch.vocab_size, found.dtype, found.notes[-1]) == (131, torch.bfloat16, "iteration 3")
+    for name, tensor in stream(found.weights):
+        assert torch.equal(tensor, source.read(name)), name
+
+
 def test_what_we_write_megatron_loads_in_another_layout(folder, megatron):
     path, full = folder
     state = sharded(megatron, "stack", [torch.zeros(4, 5) for _ in range(3)])
@@ -312,3 +340,21 @@ def test_what_we_write_megatron_loads_in_another_layout(folder, megatron):
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="is not a torch_dist checkpoint: no .metadata"):
         TorchDistReader(Path(tmp_path))
+
+
+def test_enumerations_pickled_by_name_are_read_and_nothing_is_looked_up(tmp_path, monkeypatch):
+    """As Python 3.11.0 to 3.11.3 write them, that of Debian 12 among them."""
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    with monkeypatch.context() as python_3_11_2:
+        python_3_11_2.setattr(enum.Enum, "__reduce_ex__", by_name)
+        write_metadata(tmp_path, write(tmp_path, {"a": (numbered(2, 3), [((0, 0), (2, 3))])}))
+        common = io.BytesIO()
+        torch.save({"stopped_by": signal.SIGTERM, "iteration": 7}, common)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert torch.equal(TorchDistReader(tmp_path).read("a"), numbered(2, 3))
+    assert b"getattr" in common.getvalue()
+    assert read_common_state(common.getvalue(), source="common.pt")["iteration"] == 7
+    for of in (b"X\x01\x00\x00\x00a", b"ctorch\nfloat32\n"):
+        (tmp_path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(" + of + b"X\x07\x00\x00\x00__doc__tR.")
+        with pytest.raises(UserError, match="an attribute of what is no enumeration"):
+            TorchDistReader(tmp_path)

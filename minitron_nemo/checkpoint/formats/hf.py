@@ -235,7 +235,7 @@ def source_files(folder: str | Path) -> dict[str, Path]:
 def resolve_source(source: str) -> Path:
     """The folder of a Hugging Face model: `source` itself when it is one, else a download of the hub name.
 
-    Only JSON, safetensors and tokenizer files are fetched. Raises UserError, also without a network.
+    Only JSON, safetensors, tokenizer and licence files and the card are fetched. Raises UserError, also offline.
     """
     if Path(source).is_dir():
         return Path(source)

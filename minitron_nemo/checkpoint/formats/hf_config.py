@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily
+from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily, family_of
 from minitron_nemo.errors import UserError, naming
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
-OF_THE_SOURCE = ("_name_or_path", "transformers_version")  # who wrote it and where: untrue of what is made of it
+OF_THE_SOURCE = ("_name_or_path", "transformers_version")  # who wrote it and where: untrue of a model cut from it
 SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -151,12 +151,12 @@ def config_from_arch(arch: ModelArch, *, dtype: torch.dtype, base: dict[str, Any
 
     Raises UserError for a shape that no model of its family has.
     """
-    family = HF_FAMILIES[arch.family]
-    if (what := family.misfit(arch)) is not None:
-        raise UserError(f"{what}: no {family.architecture} has that; give the model the family that does, or leave it")
+    family = family_of(arch)
     base = dict(base) if base and base.get("model_type") == arch.family else {}
     is_nested = "rope_parameters" in base
-    base = {name: value for name, value in base.items() if name not in (*REFUSED, *ROPE_FIELDS, *OF_THE_SOURCE)}
+    is_smaller = any(base.get(theirs, getattr(arch, ours)) != getattr(arch, ours) for ours, theirs in SIZES.items())
+    gone = (*REFUSED, *ROPE_FIELDS, *(OF_THE_SOURCE if is_smaller else ()))
+    base = {name: value for name, value in base.items() if name not in gone}
     layer_types = {"layer_types": ["full_attention"] * arch.num_layers} if base.get("layer_types") else {}
     # transformers takes a window of its own for a config that says nothing.
     needs_window = family.window is not None and family.window_needs is None

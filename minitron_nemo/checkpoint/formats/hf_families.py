@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 
 
@@ -39,11 +40,6 @@ class HfFamily:
         names = ("activation", "normalization", "add_qkv_bias", "qk_layernorm")
         return {name: getattr(self, name) for name in names}
 
-    def misfit(self, arch: ModelArch) -> str | None:
-        """What of a shape no model of this family has: `add_qkv_bias=True`; None when it is one of them."""
-        wrong = [name for name, value in self.parts.items() if getattr(arch, name) != value]
-        return f"{wrong[0]}={getattr(arch, wrong[0])}" if wrong else None
-
 
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 HF_FAMILIES = {
@@ -78,3 +74,15 @@ HF_FAMILIES = {
         written={"attention_bias": False, "use_sliding_window": False},
     ),
 }
+
+
+def family_of(arch: ModelArch) -> HfFamily:
+    """The family of a shape; UserError when no model of it has such parts, so that no config could say what it is."""
+    family = HF_FAMILIES[arch.family]
+    for name, value in family.parts.items():
+        if (found := getattr(arch, name)) != value:
+            raise UserError(
+                f"model.{name}={found}: no {family.architecture} has that (family={arch.family}: {value}); give the "
+                "family that does, or leave it out"
+            )
+    return family

@@ -14,7 +14,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.contents import Contents, Place, TarContents, contents_of, has
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, read_manifest, verify_files
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.checkpoint.formats import hf, nemo
+from minitron_nemo.checkpoint.formats import hf, megatron, nemo, nemo1, nemo2, nemo_state_dict
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
@@ -59,7 +59,18 @@ FORMATS = {row.name: row for row in (
            nemo.open_checkpoint, nemo.KIND, nemo.write, splits=True),
     Format(nemo.TAR_NAME, "the same in one uncompressed tar", lambda c: _is_tar(c) and nemo.recognise(c),
            nemo.open_checkpoint, nemo.KIND, partial(nemo.write, packed=True)),
-    Format("hf", "config.json beside *.safetensors", hf.recognise, hf.open_checkpoint, hf.KIND, hf.write),
+    Format(nemo_state_dict.NAME, "model_weights.ckpt beside the config of a MinitronGPT", nemo_state_dict.recognise,
+           nemo_state_dict.open_checkpoint),
+    Format(hf.KIND, "config.json beside *.safetensors", hf.recognise, hf.open_checkpoint, hf.KIND, hf.write),
+    Format(nemo1.NAME, "model_config.yaml of NeMo 1, in a folder or a tar", nemo1.recognise, nemo1.open_checkpoint,
+           nemo1.NAME, nemo1.write, splits=True),
+    Format(nemo2.NAME, "context/ and weights/", nemo2.recognise, nemo2.open_checkpoint, nemo2.NAME, nemo2.write,
+           splits=True),
+    Format(megatron.NAME, "iter_XXXXXXX with .metadata", megatron.recognise, megatron.open_checkpoint, megatron.NAME,
+           megatron.write, splits=True),
+    # Read as the row above; what only Megatron-Core 0.19 and later take, so it is written when asked for.
+    Format("megatron_019", "the same", lambda contents: False, megatron.open_checkpoint, megatron.NAME,
+           partial(megatron.write, common_is_object=True), splits=True),
 )}  # fmt: skip
 
 
@@ -71,7 +82,7 @@ def format_of(place: Place) -> Format:
             return known
     if not contents.names():
         raise UserError(f"{contents.path}: no such checkpoint, or an empty folder")
-    lines = ", ".join(f"{known.name} ({known.known_by})" for known in FORMATS.values())
+    lines = ", ".join(f"{known.name} ({known.known_by})" for known in FORMATS.values() if known.known_by != "the same")
     raise UserError(f"{contents.path}: no checkpoint of a known format: {lines}")
 
 

@@ -45,7 +45,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "quant_recipe": (),
     "fp4": (),
 }
-OPTIONAL_PARTS = ("add_qkv_bias", "qk_layernorm")
 
 
 class ModelFields:
@@ -107,7 +106,7 @@ def arch_of(fields: ModelFields, *, vocab_size: int, rope_scaling: RopeScaling |
         "kv_channels": fields.size("kv_channels", default=hidden // heads),
         "vocab_size": vocab_size,
         "seq_length": seq_length,
-        "family": _family(fields, activation, default=family),
+        "family": _family(fields, default=family),
         "activation": activation,
         "normalization": normalization,
         "norm_epsilon": fields.number("layernorm_epsilon", default=1e-5),
@@ -115,12 +114,11 @@ def arch_of(fields: ModelFields, *, vocab_size: int, rope_scaling: RopeScaling |
         "rotary_percent": fields.number("rotary_percent", default=1.0),
         "rope_scaling": rope_scaling,
         "share_embeddings_and_output_weights": fields.flag("share_embeddings_and_output_weights", default=True),
-        **{name: True for name in OPTIONAL_PARTS if fields.flag(name)},
+        "add_qkv_bias": fields.flag("add_qkv_bias"),
+        "qk_layernorm": fields.flag("qk_layernorm"),
     }
     if values["rotary_percent"] > 1:
         raise fields.refusal("rotary_percent", "must be at most 1")
-    if unknown := sorted(set(values) - set(ModelArch.__dataclass_fields__)):
-        raise fields.refusal(unknown[0], "not supported")
     return ModelArch(**values)
 
 
@@ -144,13 +142,15 @@ def _normalization(fields: ModelFields) -> str:
     raise fields.refusal("normalization", f"{kind}: supported are RMSNorm kept whole and LayerNorm kept less one")
 
 
-def _family(fields: ModelFields, activation: str, *, default: str) -> str:
+def _family(fields: ModelFields, *, default: str) -> str:
     said = fields.values.get(FAMILY)
     if said is not None:
         if said not in FAMILIES:
             raise fields.refusal(FAMILY, f"allowed are {', '.join(FAMILIES)}")
         return str(said)
-    return default or ("nemotron" if activation == "squared_relu" else "llama")
+    has_parts = {"qwen2": fields.flag("add_qkv_bias"), "qwen3": fields.flag("qk_layernorm")}
+    has_parts["nemotron"] = not fields.flag("gated_linear_unit")
+    return default or next((family for family, has in has_parts.items() if has), "llama")
 
 
 def _check_window(fields: ModelFields, seq_length: int) -> None:

@@ -99,7 +99,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
     for name in (MANIFEST_FILE, CONFIG_FILE):
         if not has(contents, name):
             reason = f"no {name}" if os.path.lexists(contents.path) else "no such folder"
-            raise UserError(f"{path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
+            raise UserError(f"{contents.path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
     manifest = read_manifest(contents, kind=KIND)
     check_signature(contents)
     for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
@@ -113,7 +113,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
         verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
     else:
         check_sizes(contents, manifest)
-    arch, dtype = read_config(contents)
+    arch, dtype = shape_and_dtype(read_config(contents), source=str(contents.path / CONFIG_FILE))
     weights = TorchDistWeights(contents.inside(WEIGHTS), arch, source=CONFIG_FILE, sha256=later)
     if weights.dtype() != dtype:
         raise UserError(f"{contents.path / WEIGHTS}: tensors are {weights.dtype()}; {CONFIG_FILE} says {dtype}")
@@ -165,7 +165,8 @@ def _hashes_of_weights(manifest: Manifest) -> dict[str, str]:
     return {name.removeprefix(f"{WEIGHTS}/"): manifest.files[name]["sha256"] for name in names}
 
 
-def read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
+def read_config(contents: Contents) -> dict[str, Any]:
+    """The values of the `model_config.yaml` of a .nemo, of whatever writer; UserError when it is no mapping."""
     path = contents.path / CONFIG_FILE
     try:
         values = parse_yaml(read_small(contents, CONFIG_FILE))
@@ -173,16 +174,27 @@ def read_config(contents: Contents) -> tuple[ModelArch, torch.dtype]:
         raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of model shape fields, got {type(values).__name__}")
-    precision = values.pop("precision", None)
+    return values
+
+
+def shape_and_dtype(values: Mapping[str, Any], *, source: str) -> tuple[ModelArch, torch.dtype]:
+    """The model that the values of a `model_config.yaml` describe; UserError naming `source` where they do not."""
+    shape = dict(values)
+    precision = shape.pop("precision", None)
     if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise UserError(f"{path}: precision={shown(precision)}: allowed are {', '.join(PRECISIONS)}")
-    return ModelArch.from_dict(values, source=str(path)), PRECISIONS[precision]
+        raise UserError(f"{source}: precision={shown(precision)}: allowed are {', '.join(PRECISIONS)}")
+    return ModelArch.from_dict(shape, source=source), PRECISIONS[precision]
+
+
+def config_values(arch: ModelArch, dtype: torch.dtype) -> dict[str, Any]:
+    """The values of a `model_config.yaml`."""
+    return {**arch.to_dict(), "precision": precision_name(dtype)}
 
 
 def describe_folder(folder: Path, arch: ModelArch, *, dtype: torch.dtype, tokenizer: Place | None) -> None:
     """Write into `folder` what is not weights: `model_config.yaml`, and the tokenizer files found in `tokenizer`."""
-    values = {**arch.to_dict(), "precision": precision_name(dtype)}
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(config_values(arch, dtype), sort_keys=False)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     (folder / TOKENIZER).mkdir()
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder / TOKENIZER)

@@ -46,7 +46,7 @@ def recognise(contents: Contents) -> bool:
 def open_checkpoint(contents: Contents) -> Checkpoint:
     """The checkpoint, its shape, keys, dtype and file sizes checked; UserError in one line for anything else."""
     config, source = read_yaml_mapping(contents, CONFIG_FILE), str(contents.path / CONFIG_FILE)
-    tokenizer = _tokenizer(contents, config)
+    tokenizer = tokenizer_artefacts(contents, config)
     words = None if tokenizer is None else tokenizer_size(tokenizer)
     note: tuple[str, ...] = (f"NeMo {config['nemo_version']}",) if isinstance(config.get("nemo_version"), str) else ()
     if any(RANK_FILE.fullmatch(name) for name in contents.names()):
@@ -88,8 +88,10 @@ class _Artefacts:
         return _Artefacts(self._contents, {})
 
 
-def _tokenizer(contents: Contents, config: Mapping[str, Any]) -> Contents | None:
-    """Its files: those of `tokenizer/`, as we write it, or artefacts that the config names, by their plain names."""
+def tokenizer_artefacts(contents: Contents, config: Mapping[str, Any]) -> Contents | None:
+    """The tokenizer files of an archive: `tokenizer/`, as we write it, or artefacts that the config names, by their
+    plain names.
+    """
     if (inside := contents.inside(TOKENIZER)).names():
         return inside
     section = config.get("tokenizer")

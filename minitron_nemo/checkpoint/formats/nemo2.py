@@ -1,24 +1,26 @@
 """Checkpoints of NeMo 2: a folder with `weights/` as torch_dist and `context/`, which describes model and tokenizer.
 
-`context/model.yaml` is read as data; `io.json`, a graph of calls that NeMo 2 builds, and pickles beside it are never
-opened.
+`context/model.yaml` is read as data. `io.json`, a graph of calls, is what NeMo 2 itself builds a model from: it is
+written, and like pickles beside it never opened.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, has
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.foreign_yaml import function_name, read_yaml_mapping
 from minitron_nemo.checkpoint.formats.megatron_config import FAMILY, ModelFields, arch_of, rope_scaling_of, vocabulary
 from minitron_nemo.checkpoint.formats.nemo import copy_tokenizer
+from minitron_nemo.checkpoint.formats.nemo2_graph import Call, graph_of
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader
 from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
@@ -38,12 +40,15 @@ CLASSES = {
     "mistral": ("mistral.MistralModel", "mistral.MistralConfig7B"),
     "nemotron": ("nemotron.NemotronModel", "nemotron.NemotronConfig"),
     "qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"),
+    "qwen3": ("qwen3.Qwen3Model", "qwen3.Qwen3Config"),
 }
 SCALED_LLAMA = "llama.Llama31Config"
 FUNCTIONS = {
     "swiglu": "torch.nn.functional.silu",
     "squared_relu": "nemo.collections.llm.fn.activation.squared_relu",
 }
+_CONTEXT = "nemo.lightning.io.pl.TrainerContext"
+_TRAINER = "nemo.lightning.pytorch.trainer.Trainer"
 AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
 
 
@@ -66,16 +71,21 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
             "the checkpoint with NeMo 2.0 or later"
         )
     reader = TorchDistReader(weights_folder)
-    arch, notes = _arch_of(context, vocabulary_rows(reader, prefix=PREFIX))
-    weights = StackedWeights(reader, arch, source=f"{CONTEXT}/{CONFIG_FILE}", prefix=PREFIX, of_training=True)
-    tokenizer = context.inside(TOKENIZER)
-    found = tokenizer if tokenizer.names() else None
-    return Checkpoint(contents.path, NAME, arch, weights.dtype(), weights, found, notes)
-
-
-def _arch_of(context: Contents, rows: int) -> tuple[ModelArch, tuple[str, ...]]:
-    source = str(context.path / CONFIG_FILE)
     model = read_yaml_mapping(context, CONFIG_FILE)
+    arch, notes = _arch_of(model, vocabulary_rows(reader, prefix=PREFIX), source=str(context.path / CONFIG_FILE))
+    weights = StackedWeights(reader, arch, source=f"{CONTEXT}/{CONFIG_FILE}", prefix=PREFIX, of_training=True)
+    return Checkpoint(contents.path, NAME, arch, weights.dtype(), weights, _tokenizer(context, model), notes)
+
+
+def _tokenizer(context: Contents, model: Mapping[str, Any]) -> Contents | None:
+    """The folder that the model's tokenizer is called by: NeMo 2 keeps the name of the one that it was made from."""
+    section = model.get("tokenizer")
+    said = section.get("pretrained_model_name") if isinstance(section, dict) else None
+    names = [name for name in (said, TOKENIZER) if isinstance(name, str) and is_plain_name(name)]
+    return next((folder for folder in map(context.inside, names) if folder.names()), None)
+
+
+def _arch_of(model: Mapping[str, Any], rows: int, *, source: str) -> tuple[ModelArch, tuple[str, ...]]:
     values = model.get("config")
     if not isinstance(values, dict):
         raise UserError(f"{source}: no mapping under config; it must describe the model")
@@ -90,8 +100,8 @@ def _arch_of(context: Contents, rows: int) -> tuple[ModelArch, tuple[str, ...]]:
     return arch, (f"class {name}", *notes)
 
 
-def model_of(arch: ModelArch, *, dtype: torch.dtype) -> dict[str, Any]:
-    """`context/model.yaml` of a model; UserError for a family that NeMo 2 has no class for."""
+def context_of(arch: ModelArch, *, tokenizer: bool) -> Call:
+    """The calls by which NeMo 2 builds a model; UserError for one that it has no class for."""
     if arch.family not in CLASSES:
         raise UserError(f"family={arch.family}: NeMo 2 is written for {', '.join(CLASSES)}; choose another format")
     model, config = CLASSES[arch.family]
@@ -108,7 +118,6 @@ def model_of(arch: ModelArch, *, dtype: torch.dtype) -> dict[str, Any]:
         }
     is_1p = arch.normalization == "LayerNorm1p"
     values = {
-        "_target_": f"{_MODELS}.{config}",
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size,
@@ -120,26 +129,50 @@ def model_of(arch: ModelArch, *, dtype: torch.dtype) -> dict[str, Any]:
         "normalization": "LayerNorm" if is_1p else arch.normalization,
         "layernorm_zero_centered_gamma": is_1p,
         "layernorm_epsilon": arch.norm_epsilon,
-        "activation_func": {"_target_": FUNCTIONS[arch.activation], "_call_": False},
+        "activation_func": Call(FUNCTIONS[arch.activation]),
         "gated_linear_unit": arch.is_gated,
         "position_embedding_type": "rope",
         "rotary_base": arch.rotary_base,
         "rotary_percent": arch.rotary_percent,
         "rotary_interleaved": False,
+        "apply_rope_fusion": False,  # which Transformer Engine alone has
         "seq_len_interpolation_factor": None,
         **scaling,
         "window_size": None,
         "add_bias_linear": False,
-        "add_qkv_bias": getattr(arch, "add_qkv_bias", False),
-        "qk_layernorm": getattr(arch, "qk_layernorm", False),
+        "add_qkv_bias": arch.add_qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
         "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "num_moe_experts": None,
-        "params_dtype": {"_target_": str(dtype), "_call_": False},
-        FAMILY: arch.family,
     }
-    return {"_target_": f"{_MODELS}.{model}", "config": values, "optim": None, "model_transform": None}
+    arguments: dict[str, Any] = {"config": Call(f"{_MODELS}.{config}", values)}
+    if tokenizer:
+        arguments["tokenizer"] = Call(AUTO_TOKENIZER, {"pretrained_model_name": TOKENIZER})
+    trainer = Call(_TRAINER, {"devices": 1, "max_steps": 1})
+    return Call(_CONTEXT, {"model": Call(f"{_MODELS}.{model}", arguments), "trainer": trainer})
+
+
+def _as_yaml(value: Any) -> Any:
+    """A call as NeMo 2 writes it to YAML."""
+    if not isinstance(value, Call):
+        return value
+    if value.arguments is None:
+        return {"_target_": value.target, "_call_": False}
+    return {"_target_": value.target, **{name: _as_yaml(each) for name, each in value.arguments.items()}}
+
+
+def _write_context(folder: Path, model: Checkpoint) -> None:
+    context = context_of(model.arch, tokenizer=model.tokenizer is not None)
+    assert context.arguments is not None
+    described = _as_yaml(context.arguments["model"])
+    described["config"][FAMILY] = model.arch.family
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
+    (folder / GRAPH_FILE).write_text(json.dumps(graph_of(context), indent=2), encoding="utf-8")
+    if model.tokenizer is not None:
+        (folder / TOKENIZER).mkdir()
+        copy_tokenizer(model.tokenizer, folder / TOKENIZER)
 
 
 def write(
@@ -150,21 +183,13 @@ def write(
     origin: Origin,
     layout: Layout | None = None,
 ) -> None:
-    """Publish the stream of a model's tensors as a checkpoint of NeMo 2, without the graph of calls in `io.json`.
-
-    Weights are where NeMo 2 looks for them, for a model that it builds otherwise (from a recipe, say); a model that it
-    builds from `io.json` it cannot build from this. UserError for a model that NeMo 2 has no class for.
-    """
-    described = model_of(model.arch, dtype=model.dtype)
+    """Publish the stream of a model's tensors as a checkpoint of NeMo 2; UserError for one that it has no class for."""
+    context_of(model.arch, tokenizer=False)
     needed = model.arch.num_params() * model.dtype.itemsize
     with publishing(output, kind=NAME, origin=origin, needed=needed) as draft:
         weights, context = draft.folder / WEIGHTS, draft.folder / CONTEXT
         weights.mkdir()
         context.mkdir()
-        if model.tokenizer is not None:
-            (context / TOKENIZER).mkdir()
-            copy_tokenizer(model.tokenizer, context / TOKENIZER)
-            described["tokenizer"] = {"_target_": AUTO_TOKENIZER, "pretrained_model_name": TOKENIZER}
-        (context / CONFIG_FILE).write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
+        _write_context(context, model)
         hashes = write_stream(weights, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
         draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
