@@ -56,6 +56,12 @@ class StretchFile(io.RawIOBase):
         self.position = origin + offset
         return self.position
 
+    def read(self, size: int | None = -1) -> bytes:
+        """At most `size` bytes; memory is taken for those that are there, whatever a header says."""
+        there = max(0, self.length - self.position)
+        data = super().read(there if size is None or size < 0 else min(size, there))
+        return b"" if data is None else data
+
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self.length - self.position))
         self.left -= wanted

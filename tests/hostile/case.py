@@ -82,7 +82,9 @@ def open_rank_file(folder: Path) -> None:
 
 
 def open_zarr(folder: Path) -> None:
+    """As the formats that hold arrays of zarr open them."""
     arrays = ZarrTensors(contents_of(folder))
+    arrays.check_whole(arrays.keys())
     for key in arrays.keys():  # noqa: SIM118
         arrays.read(key)
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 METADATA = "model_weights/.metadata"
 NEEDS = "which no checkpoint needs"
 NAMES = [
-    "os.system", "posix.system", "subprocess.Popen", "builtins.eval", "builtins.exec", "builtins.getattr",
+    "os.system", "posix.system", "subprocess.Popen", "builtins.eval", "builtins.exec", "builtins.setattr",
     "builtins.__import__", "torch.load", "torch.hub.load", "torch.ctypes.CDLL", "torch.os.system", "pickle.loads",
     "marshal.loads", "types.FunctionType", "functools.partial", "operator.attrgetter", "operator.methodcaller",
     "runpy._run_code", "pydoc.locate", "importlib.import_module", "copyreg._reconstructor", "shutil.rmtree",
@@ -36,6 +36,8 @@ OPCODES = {
     "newobj_of_a_dtype": b"\x80\x04ctorch\nfloat32\n)\x81.",
     "endless_number": b"\x80\x04\x8b\xff\xff\xff\x7f.",
     "memo_of_gigabytes": b"\x80\x04Nr\xff\xff\xff\x7f.",
+    # An attribute of a record is a record too, and no call.
+    "call_of_an_attribute": b"\x80\x04cbuiltins\ngetattr\n(ctorch\nSize\nX\x08\x00\x00\x00__init__tR)R.",
     "pop": b"\x80\x04N0.",
     "recall_of_nothing": b"\x80\x04h\x07.",
     "bytearray": b"\x80\x05\x96\xff\xff\xff\xff\x00\x00\x00\x00.",

@@ -74,7 +74,7 @@ def test_the_corpus_is_as_large_as_it_should_be():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hostile_artefact_is_refused_at_once_in_one_line_and_nothing_runs(name, sound, tmp_path, monkeypatch):
+def test_a_hostile_artefact_is_refused_at_once_in_one_line_and_nothing_runs(name, sound, tmp_path, monkeypatch, capfd):
     case = CASES[name]
     path = copied(sound, case, tmp_path)
     case.poison(path)
@@ -89,6 +89,7 @@ def test_a_hostile_artefact_is_refused_at_once_in_one_line_and_nothing_runs(name
         refusal = str(error)
     assert memory("VmHWM") - had < MEMORY
     assert seconds() - began < SECONDS
+    assert "Error" not in capfd.readouterr().err  # what a library says behind the back of the refusal
     assert not (tmp_path / CANARY).exists()
     assert (around(tmp_path), sorted(os.listdir(tmp_path))) == (before, listed)
     if case.says is None:
