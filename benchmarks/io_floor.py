@@ -133,8 +133,8 @@ def row(step: Step, folder: Path) -> str:
     least += sha256_seconds() * (written + read * step.verifies)
     per_gb = 1e9 / (written or read)
     return (f"{step.name:<{NAME}}{read / 1e9:>6.2f}{written / 1e9:>7.2f}{seconds:>9.2f}"
-            f"{plain:>8.2f}{seconds / plain:>7.2f}{direct:>8.2f}{seconds / direct:>7.2f}{cpu * per_gb:>10.2f}{least * per_gb:>7.2f}"
-            f"{peak / 2**20:>10.0f}")  # fmt: skip
+            f"{plain:>8.2f}{seconds / plain:>7.2f}{direct:>8.2f}{seconds / direct:>7.2f}"
+            f"{cpu * per_gb:>10.2f}{least * per_gb:>7.2f}{peak / 2**20:>10.0f}")  # fmt: skip
 
 
 def table(steps: Sequence[Step], folder: Path, *, title: str) -> None:

@@ -14,7 +14,7 @@ from minitron_nemo.errors import UserError
 def read_record(path: str | Path, *, kind: str) -> dict[str, Any]:
     """The record at `path`; UserError when it is not a record of this kind."""
     try:
-        values = parse_json(Path(path).read_bytes())
+        values = parse_json(Path(path).read_bytes(), infinities=True)  # the perplexity of a model that diverged
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable {kind} record: {error}") from None
     if not isinstance(values, dict) or values.get("kind") != kind:

@@ -19,15 +19,19 @@ _LARGE = re.compile(rb"[0-9]{41}|[eE]\+?[0-9]{3}")  # without such digits no num
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(text: bytes | str) -> Any:
-    """The value that a JSON text stands for; ValueError, in one line, for any other text and for those above."""
+def parse_json(text: bytes | str, *, infinities: bool = False) -> Any:
+    """The value that a JSON text stands for; ValueError, in one line, for any other text and for those above.
+
+    With `infinities` those that Python writes are numbers too.
+    """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     cost = sum(bytes_each * data.count(mark) for mark, bytes_each in _COSTS)
     if cost > MEMORY_LIMIT:
         raise ValueError(f"its values would take more than {MEMORY_LIMIT >> 20} MiB of memory")
     hooks: dict[str, Any] = {"parse_int": _whole_number, "parse_float": _number} if _LARGE.search(data) else {}
+    constant = float if infinities else _no_number
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number, **hooks)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=constant, **hooks)
     except RecursionError:
         raise ValueError("nested without end") from None
     _check_depth(value)

@@ -33,6 +33,7 @@ class ZarrTensors:
         self.folder, self._contents = contents.path, contents
         names = contents.names()
         self._files = len(names)
+        self._whole: set[str] = set()
         keys = sorted(name.removesuffix(f"/{DESCRIPTION}") for name in names if name.endswith(f"/{DESCRIPTION}"))
         self._arrays = {key: self._array(key) for key in keys if is_plain_name(key)}
 
@@ -52,6 +53,7 @@ class ZarrTensors:
             grid = [math.ceil(size / step) for size, step in zip(array.shape, chunk, strict=True)]
             for index in itertools.product(*map(range, grid)):
                 self._find_chunk(key, index)
+            self._whole.add(key)
 
     def verify(self) -> None:
         """Nothing: zarr keeps no hashes."""
@@ -62,6 +64,8 @@ class ZarrTensors:
         box = whole(array.shape) if box is None else box
         if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(box.end, array.shape, strict=True)):
             raise IndexError(f"{key}: box at {box.offset} of size {box.size} leaves the shape {array.shape}")
+        if key not in self._whole:
+            self.check_whole([key])  # before memory is taken for what the array says that it has
         result = new_tensor(box.size, array.dtype)
         for index in _chunks_of(box, chunk):
             place = Box(tuple(i * c for i, c in zip(index, chunk, strict=True)), chunk)

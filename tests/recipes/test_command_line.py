@@ -277,7 +277,7 @@ def test_a_dry_run_shows_both_models_and_writes_nothing(config, tmp_path, monkey
     student = composed.prune.target.shrink(teacher)
     counts = [f"{billions(arch.num_params())} parameters" for arch in (teacher, student)]
     for name in RECIPES:
-        if config == "quickstart":
+        if (config, name) == ("quickstart", "distill"):
             assert run_command(recipe(name), ["--config-name", config, "dry_run=true"]) == 0, name
         else:  # what the command line does with a config once it is composed
             execute(recipe(name), copy.deepcopy(composed))
@@ -287,8 +287,8 @@ def test_a_dry_run_shows_both_models_and_writes_nothing(config, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config", ["quickstart", "llama31_width"])
-def test_a_dry_run_of_the_pipeline_goes_through_every_step(config, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_of_the_pipeline_goes_through_every_step(tmp_path, monkeypatch, capsys):
+    config = "llama31_width"  # test_launch.py asks the quickstart for its 32 steps
     monkeypatch.chdir(tmp_path)
     assert run_pipeline(["--config-name", config, "dry_run=true"]) == 0
     steps = sum(len(step.models) or 1 for step in compose(config).pipeline.steps)

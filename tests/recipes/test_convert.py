@@ -18,6 +18,7 @@ from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import run_command
 from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
 from minitron_nemo.shape.arch import RopeScaling
+from minitron_nemo.steps.convert import facts_of_source
 from minitron_nemo.testing import TINY, random_nemo
 from recipes.audit import main as run_audit
 
@@ -139,3 +140,14 @@ def test_the_scripts_start_alone(start):
     command = [sys.executable, str(ROOT / "recipes" / "audit.py"), str(start.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"{start.path}: sound")
+
+
+def test_a_foreign_checkpoint_is_known_again_by_its_content(start, tmp_path):
+    assert convert(start.path, tmp_path / "hf", "hf") == 0
+    (tmp_path / "hf" / "manifest.json").unlink()
+    before = facts_of_source(tmp_path / "hf")
+    assert {"config.json", "model.safetensors"} <= set(before)
+    text = (tmp_path / "hf" / "config.json").read_text()
+    (tmp_path / "hf" / "config.json").write_text(text.replace("1", "2", 1))
+    after = facts_of_source(tmp_path / "hf")
+    assert [name for name in before if before[name] != after[name]] == ["config.json"]

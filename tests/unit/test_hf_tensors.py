@@ -54,8 +54,10 @@ def all_tensors(folder):
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.bfloat16) for case in CASES), ("llama3", torch.float32), ("llama3", torch.float16)],
+)
 def test_an_export_of_an_import_is_bit_equal(tmp_path, case, dtype):
     family, overrides = CASES[case]
     source = save_tiny_hf(tmp_path / "in", family, dtype=dtype, **overrides)
@@ -66,7 +68,7 @@ def test_an_export_of_an_import_is_bit_equal(tmp_path, case, dtype):
     assert all(before[name].dtype == after[name].dtype == dtype for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
-    assert {key: value for key, value in config[0].items() if key != "transformers_version"} == config[1]
+    assert config[0] == config[1]
     names = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
     assert all((source / name).read_bytes() == (out / name).read_bytes() for name in names)
     assert not (out / "hf_config.json").exists()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minitron_nemo.artefacts.contents import contents_of
 from minitron_nemo.config.compose import compose
 from minitron_nemo.config.hidden_states import HiddenStateDivergence, HiddenStateKind
 from minitron_nemo.config.schema import identity as identity_of
@@ -34,7 +35,7 @@ def folder(path, arch: ModelArch, *, kept=None, source=TEACHER):
         values["source"] = {**arch.to_dict(), "num_layers": source.num_layers}
         values["keep"]["num_layers"] = kept
         (path / "plan.json").write_text(json.dumps(values))
-    return SimpleNamespace(path=path, arch=arch)
+    return SimpleNamespace(path=path, contents=contents_of(path), arch=arch)
 
 
 def pairs(student, teacher, *overrides: str) -> list[tuple[str, int, int]]:

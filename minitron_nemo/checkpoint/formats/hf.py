@@ -269,7 +269,6 @@ def import_hf(
     `tensors` is the stream of `folder.weights`, which the caller may watch. `given` is what the user asked for, a hub
     name perhaps: with the folder's licence files it goes along to whatever is made of the model.
     """
-    upstream = upstream_of(folder.path, given=given or str(folder.path))
     write_nemo(
         output,
         folder.arch,
@@ -278,11 +277,17 @@ def import_hf(
         tokenizer=folder.path,
         origin=origin,
         extra={"source": str(folder.path), "source_config_sha256": file_sha256(folder.path / CONFIG_FILE)},
-        files={
-            f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode(),
-            f"{TOKENIZER}/{UPSTREAM_FILE}": upstream.to_json(),
-        },
+        files=_kept_files(folder, given=given),
     )
+
+
+def _kept_files(folder: HfFolder, *, given: str | None = None) -> dict[str, bytes]:
+    """What a `.nemo` keeps of a Hugging Face folder beside its tokenizer: its config, and whose model it is."""
+    upstream = upstream_of(folder.path, given=given or str(folder.path))
+    return {
+        f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode(),
+        f"{TOKENIZER}/{UPSTREAM_FILE}": upstream.to_json(),
+    }
 
 
 def export_hf(
@@ -330,8 +335,8 @@ def recognise(contents: Contents) -> bool:
 def open_checkpoint(contents: Contents) -> Checkpoint:
     """A Hugging Face folder as a checkpoint."""
     folder = open_hf(contents.path)
-    config = {f"{TOKENIZER}/{SOURCE_CONFIG_FILE}": json.dumps(folder.config, indent=2).encode()}
-    return Checkpoint(folder.path, "hf", folder.arch, folder.dtype, folder.weights, contents, files=config)
+    kept = _kept_files(folder)
+    return Checkpoint(folder.path, KIND, folder.arch, folder.dtype, folder.weights, contents, files=kept)
 
 
 def write(
