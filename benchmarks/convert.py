@@ -20,7 +20,6 @@ from prune import llama, make_hf
 
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint import hashed_files
-from minitron_nemo.checkpoint.formats.known import FORMATS
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.steps.convert import convert
 
@@ -42,7 +41,7 @@ def do(source: str, target: str, format: str, layout: Layout, hashes: bool, fold
     if not hashes:
         hashed_files._Sha256 = NoSha256  # type: ignore[assignment,misc]
         hashed_files.VerifiedFile.verify = lambda self: None  # type: ignore[method-assign]
-    convert(folder / source, folder / target, format=FORMATS[format], layout=layout, origin=Origin("benchmark"))
+    convert(folder / source, folder / target, format=format, layout=layout, origin=Origin("benchmark"))
 
 
 ALONE, TP8, TP2_PP4 = Layout(), Layout(tp=8), Layout(tp=2, pp=4)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from minitron_nemo.checkpoint.audit import audit
     from minitron_nemo.checkpoint.formats.hf import export_hf, import_hf, open_hf
+    from minitron_nemo.checkpoint.formats.known import open_checkpoint
     from minitron_nemo.checkpoint.formats.nemo import open_nemo
     from minitron_nemo.config.compose import compose
     from minitron_nemo.errors import UserError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from minitron_nemo.pruning.plan import read_plan
     from minitron_nemo.shape.arch import ModelArch
     from minitron_nemo.shape.axes import shrink
+    from minitron_nemo.steps.convert import convert
     from minitron_nemo.steps.prune import prune
 
 _PUBLIC = {
@@ -32,11 +35,14 @@ _PUBLIC = {
     "MinitronGPT": "nemo_model",
     "ModelArch": "shape.arch",
     "UserError": "errors",
+    "audit": "checkpoint.audit",
     "compose": "config.compose",
+    "convert": "steps.convert",
     "export_hf": "checkpoint.formats.hf",
     "import_hf": "checkpoint.formats.hf",
     "listening": "importance.hooks",
     "make_plan": "pruning.make_plan",
+    "open_checkpoint": "checkpoint.formats.known",
     "open_hf": "checkpoint.formats.hf",
     "open_nemo": "checkpoint.formats.nemo",
     "plain_logits": "pruning.plain_forward",
@@ -46,8 +52,9 @@ _PUBLIC = {
     "shrink": "shape.axes",
 }
 __all__ = [
-    "HeadLoss", "MinitronGPT", "ModelArch", "UserError", "compose", "export_hf", "import_hf", "listening", "make_plan",
-    "open_hf", "open_nemo", "plain_logits", "prune", "read_plan", "read_scores", "shrink",
+    "HeadLoss", "MinitronGPT", "ModelArch", "UserError", "audit", "compose", "convert", "export_hf", "import_hf",
+    "listening", "make_plan", "open_checkpoint", "open_hf", "open_nemo", "plain_logits", "prune", "read_plan",
+    "read_scores", "shrink",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from minitron_nemo.config.schema import Config
 from minitron_nemo.config.setting import inner_section
-from minitron_nemo.distributed.stopping import INTERRUPTED, interruptible
+from minitron_nemo.distributed.stopping import INTERRUPTED, SIGNALS, interruptible
 from minitron_nemo.errors import RankError, StoppedError, UserError
 from minitron_nemo.progress import set_up_logging
 
@@ -46,7 +46,15 @@ def main(recipe: "Recipe", *, config: str | None = None) -> None:
     """Entry point of a recipe script; `config` is what it composes when no `--config-name` is given."""
     words = sys.argv[1:]
     asked = any(word.split("=")[0] in ("--config-name", "-cn", "--help", "-h", "--processes") for word in words)
-    sys.exit(run_command(recipe, words if asked or config is None else ["--config-name", config, *words]))
+    leave(run_command(recipe, words if asked or config is None else ["--config-name", config, *words]))
+
+
+def leave(code: int) -> typing.NoReturn:
+    """End the process with this exit code; once a request to stop was obeyed, another one no longer changes it."""
+    if code in (STOPPED, INTERRUPTED):
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run_command(recipe: "Recipe", arguments: Sequence[str]) -> int:

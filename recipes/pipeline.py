@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # recipes/ beside minitron_nemo/
 
-from minitron_nemo.cli import run_task  # noqa: E402
+from minitron_nemo.cli import leave, run_task  # noqa: E402
 from minitron_nemo.config.compose import Composition  # noqa: E402
 from minitron_nemo.config.schema import Config  # noqa: E402
 from minitron_nemo.errors import UserError  # noqa: E402
@@ -62,4 +62,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Place
+from minitron_nemo.artefacts.publishing import Draft
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.source import ShapedSource
-from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, weights_file, write_metadata
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -190,6 +191,43 @@ def write_stream(
     nothings = [prefix + name for name in extra_states(arch)]
     write_metadata(folder, records, nothings=nothings, common=common, common_is_object=common_is_object)
     return {writer.name: writer.sha256 for writer in writers.values()}
+
+
+def publish_weights(
+    draft: Draft,
+    inside: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    arch: ModelArch,
+    dtype: torch.dtype,
+    layout: Layout | None = None,
+    prefix: str = "",
+    common: Mapping[str, Any] | None = None,
+    common_is_object: bool = False,
+) -> None:
+    """Write the stream of a model as the folder `inside` of an artefact in the making, its hashes for the manifest.
+
+    Where the artefact is one file, what rank 0 writes goes into it as it comes. Else as `write_stream`.
+    """
+    folder = draft.folder / inside
+    folder.mkdir(exist_ok=True)
+    file = None
+    if draft.tar is not None:
+        file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{inside}/{weights_file(0)}"))
+    hashes = write_stream(
+        folder,
+        tensors,
+        arch=arch,
+        dtype=dtype,
+        layout=layout,
+        prefix=prefix,
+        common=common,
+        common_is_object=common_is_object,
+        file=file,
+    )
+    draft.hashes.update({f"{inside}/{name}": sha for name, sha in hashes.items()})
+    if draft.tar is not None and file is not None:
+        draft.tar.complete(file.position)
 
 
 class _Holders:

@@ -13,6 +13,7 @@ class CheckpointFormat(Enum):
     nemo_tar = "nemo_tar"
     hf = "hf"
     nemo1 = "nemo1"
+    nemo1_tar = "nemo1_tar"
     nemo2 = "nemo2"
     megatron = "megatron"
     megatron_019 = "megatron_019"

@@ -1,7 +1,9 @@
 """Starting ranks: this process when torchrun or srun made it one, else a group of processes on this node."""
 
+import gc
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -21,6 +23,9 @@ from minitron_nemo.errors import RankError, StoppedError, UserError
 
 # By name: what the ranks of every step will import.
 PRELOADED = ["torch", "minitron_nemo.steps.train", "minitron_nemo.steps.estimate", "minitron_nemo.steps.evaluate"]
+FIRST_PORT = 10000  # above what services of a machine usually listen at
+PORTS_TRIED = 100
+EPHEMERAL_PORTS = "/proc/sys/net/ipv4/ip_local_port_range"
 FAREWELL = 10.0  # seconds for ranks that are done to take their process groups down
 
 
@@ -129,14 +134,34 @@ def _see_off(started: Sequence[_Started], *, patience: float) -> None:
 
 
 def _free_port() -> int:
+    """A port for the rendezvous that nobody else is likely to take before rank 0 listens there.
+
+    Below those that the kernel hands out by itself: one of these would be anybody's again as soon as it is let go.
+    """
+    first = _first_ephemeral_port()
+    for _ in range(PORTS_TRIED):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", first - 1 - secrets.randbelow(first - FIRST_PORT)))
+            return int(probe.getsockname()[1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
+def _first_ephemeral_port() -> int:
+    """The first of the ports that the kernel gives to whoever asks for any; 32768 is Linux's own choice."""
+    try:
+        with open(EPHEMERAL_PORTS, encoding="ascii") as file:
+            first = int(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768
+    return first if first > FIRST_PORT else 32768
+
+
 def _rank_main(
     body: Callable, rank: Rank, arguments: tuple, port: int, gpu: bool, sender: Connection, launcher: Connection
 ) -> None:
+    gc.freeze()  # what was imported before lives as long as the process: the collector need not walk it again
     obey(launcher)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not gpu:

@@ -55,6 +55,7 @@ class _Requests:
 
 
 _requests = _Requests()
+_hearing: list[_Requests] = []  # what the blocks that hear signals were asked, the outermost first
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def hearing(first: Callable[[], None], *, last: Callable[[], None] = lambda: Non
         elif is_first:
             first()
 
-    with _handled_by(handler):
+    with _handled_by(handler, heard):
         yield lambda: heard.first is not None
 
 
@@ -111,7 +112,7 @@ def obeying_signals() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    with _handled_by(_when_told):
+    with _handled_by(_when_told, _requests):
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=_listen_to_signals, args=(reader,), daemon=True).start()
         try:
@@ -159,13 +160,18 @@ def _listen_to_launcher(launcher: Connection) -> None:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], None], heard: _Requests) -> Iterator[None]:
+    """Signals go to `handler`; a block around this one takes a request that was heard here for one it knows."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
+    _hearing.append(heard)
     try:
         yield
     finally:
+        _hearing.pop()
+        if _hearing and _hearing[-1].first is None:
+            _hearing[-1].first = heard.first
         for number, former in before.items():
             signal.signal(number, former if former is not None else signal.SIG_DFL)

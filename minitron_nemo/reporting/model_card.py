@@ -13,9 +13,9 @@ import yaml
 
 from minitron_nemo.artefacts.contents import Contents, contents_of, has, read_small
 from minitron_nemo.artefacts.lineage import ancestors
-from minitron_nemo.artefacts.manifest import Manifest, manifest_sha256, read_manifest
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, manifest_sha256, read_manifest
 from minitron_nemo.artefacts.records import read_record
-from minitron_nemo.artefacts.upstream import CARD, LICENCE_FILES, LICENCE_LIMIT, Upstream, read_upstream
+from minitron_nemo.artefacts.upstream import CARD, LICENCE_FILES, LICENCE_LIMIT, Upstream, read_upstream, upstream_of
 from minitron_nemo.errors import UserError
 from minitron_nemo.pruning.plan import PruningPlan, plan_of_model
 from minitron_nemo.reporting.licences import LICENCES, Licence, licence_of
@@ -57,21 +57,29 @@ class Ancestor:
 
     name: str
     role: str
-    manifest: Manifest | None
-    plan: PruningPlan | None
-
-    @property
-    def arch(self) -> ModelArch | None:
-        values = {} if self.manifest is None else self.manifest.extra.get("arch", {})
-        return ModelArch.from_dict(values, source=f"{self.name}: arch") if values else None
+    manifest: Manifest | None = None
+    plan: PruningPlan | None = None
+    arch: ModelArch | None = None
 
 
-def hub_page(path: Path, tokenizer: Contents, *, called: str, wishes: Wishes) -> HubPage:
+def page_of_checkpoint(path: Path, arch: ModelArch, tokenizer: Contents | None, *, called: str) -> HubPage:
+    """The page of a checkpoint of any format, which only a model artefact knows the making of."""
+    contents = contents_of(path)
+    if has(contents, MANIFEST_FILE) and read_manifest(contents, kind=None).kind == "model":
+        return hub_page(path, tokenizer, called=called, wishes=Wishes())
+    known = upstream_of(path, given=str(path))
+    return hub_page(path, tokenizer, called=called, wishes=Wishes(None, known.name, known.licence), foreign=arch)
+
+
+def hub_page(
+    path: Path, tokenizer: Contents | None, *, called: str, wishes: Wishes, foreign: ModelArch | None = None
+) -> HubPage:
     """The page of the model artefact at `path`, whose licence files lie in `tokenizer`; `called` is its name if none
-    is wished for. UserError for an evaluation that is wished for and is another model's.
+    is wished for. `foreign` is the shape of a checkpoint that somebody else made, of which nothing more is known.
+    UserError for an evaluation that is wished for and is another model's.
     """
-    manifest = read_manifest(path, kind="model")
-    known = read_upstream(tokenizer)
+    manifest = read_manifest(path, kind="model") if foreign is None else None
+    known = Upstream() if tokenizer is None else read_upstream(tokenizer)
     upstream = Upstream(wishes.base_model or known.name, wishes.licence or known.licence)
     identifier = licence_of(upstream)
     licence = LICENCES.get(identifier or "")
@@ -82,23 +90,24 @@ def hub_page(path: Path, tokenizer: Contents, *, called: str, wishes: Wishes) ->
         else:
             name = f"{licence.prefix}-{name}"
     files = _notice(tokenizer, licence)
-    kept = [file for file in LICENCE_FILES if has(tokenizer, file)]
+    kept = [file for file in LICENCE_FILES if tokenizer is not None and has(tokenizer, file)]
     if identifier is None:
-        notes.append("the licence of the model that it comes from is not known; set export_hf.license for the card")
+        notes.append("the licence of the model that it comes from is not known: the card needs it (export_hf.license)")
     elif not any(file.startswith("LICENSE") for file in kept):
         notes.append("no LICENSE came with the source; put a copy of the licence beside the model before you share it")
-    line, evaluation = _line(path), _evaluation(path, wishes.evaluation)
+    line = [Ancestor(called, "", arch=foreign)] if manifest is None else _line(path)
+    evaluation = None if manifest is None else _evaluation(path, wishes.evaluation)
     parts = [
         _header(upstream, identifier, line),
         f"# {_text(name)}",
         *([licence.shown] if licence and licence.shown else []),
         _summary(manifest, upstream, line),
         _shapes(line),
-        _made(line),
+        _made(line) if manifest is not None else "",
         _scores(evaluation),
         _licence(identifier, licence, sorted({*kept, *files})),
         USE,
-        _origin(manifest, path),
+        _origin(manifest, path) if manifest is not None else FOREIGN,
     ]
     files[CARD] = ("\n\n".join(part for part in parts if part) + "\n").encode()
     return HubPage(files, notes)
@@ -112,6 +121,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```"""
+
+
+FOREIGN = "Converted by minitron_nemo from a checkpoint of another format, bit for bit."
 
 
 def _text(value: Any) -> str:
@@ -137,8 +149,14 @@ def _line(path: Path) -> list[Ancestor]:
         place = path if entry["generation"] == 1 else folders.get(entry["sha256"])
         manifest = None if place is None else read_manifest(place, kind="model")
         plan = None if place is None else plan_of_model(place)
-        found.append(Ancestor(entry["name"].removesuffix(".nemo"), entry["role"], manifest, plan))
+        name = entry["name"].removesuffix(".nemo")
+        found.append(Ancestor(name, entry["role"], manifest, plan, _shape_of(manifest, name)))
     return found
+
+
+def _shape_of(manifest: Manifest | None, name: str) -> ModelArch | None:
+    values = {} if manifest is None else manifest.extra.get("arch", {})
+    return ModelArch.from_dict(values, source=f"{name}: arch") if values else None
 
 
 def _header(upstream: Upstream, identifier: str | None, line: Sequence[Ancestor]) -> str:
@@ -164,13 +182,14 @@ def _teachers(line: Sequence[Ancestor]) -> list[Ancestor]:
     return [ancestor for ancestor in line if ancestor.role.startswith("teacher")]
 
 
-def _summary(manifest: Manifest, upstream: Upstream, line: Sequence[Ancestor]) -> str:
+def _summary(manifest: Manifest | None, upstream: Upstream, line: Sequence[Ancestor]) -> str:
     arch = line[-1].arch
     size = f"A language model of {billions(arch.num_params())} parameters" if arch else "A language model"
     base = f", made from {_text(upstream.name)}" if upstream.name else ""
     how = [word for word, is_so in (("pruned", _is_pruned(line)), ("distilled", bool(_teachers(line)))) if is_so]
     words = f" by the Minitron recipe (arXiv 2407.14679, 2408.11796): {' and '.join(how)}" if how else ""
-    tokens = f", on {billions(manifest.tokens)} tokens in its last training" if manifest.tokens else ""
+    trained = 0 if manifest is None else manifest.tokens
+    tokens = f", on {billions(trained)} tokens in its last training" if trained else ""
     return f"{size}{base}{words}{tokens}."
 
 
@@ -249,14 +268,14 @@ def _licence(identifier: str | None, licence: Licence | None, files: Sequence[st
     return "\n\n".join(parts)
 
 
-def _notice(tokenizer: Contents, licence: Licence | None) -> dict[str, bytes]:
+def _notice(tokenizer: Contents | None, licence: Licence | None) -> dict[str, bytes]:
     """The NOTICE that a licence asks for, behind what the source's own says; nothing where that has the sentence."""
     if licence is None or licence.notice is None:
         return {}
     kept = {
         name: read_small(tokenizer, name, limit=LICENCE_LIMIT)
         for name in LICENCE_FILES
-        if name.lower().startswith("notice") and has(tokenizer, name)
+        if tokenizer is not None and name.lower().startswith("notice") and has(tokenizer, name)
     }
     sentence = licence.notice.encode()
     if any(sentence in content for content in kept.values()):

@@ -1,13 +1,15 @@
 """A checkpoint of any format in another one, or in the files of another layout."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from minitron_nemo.artefacts.contents import contents_of, has
-from minitron_nemo.artefacts.manifest import MANIFEST_FILE, file_sha256
+from minitron_nemo.artefacts.lineage import ancestors
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, file_sha256, manifest_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
-from minitron_nemo.checkpoint.formats.known import FORMATS, Format, open_checkpoint
+from minitron_nemo.checkpoint.formats.known import FORMATS, Format, open_checkpoint, written_format
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.data.tokenizer import load_tokenizer
 from minitron_nemo.distributed.layout import Layout
@@ -18,11 +20,8 @@ SMALL = 16 * 2**20  # bytes; what is larger is known by size and time: hashing i
 HF_CONFIG = "hf_config.json"
 
 
-def check_target_format(format: Format, layout: Layout) -> None:
-    """Refuse a format that is read alone, and a layout for one whose files follow none."""
-    if format.write is None:
-        written = ", ".join(row.name for row in FORMATS.values() if row.write is not None)
-        raise UserError(f"convert.format={format.name}: only read; written are {written}")
+def check_layout(format: Format, layout: Layout) -> None:
+    """Refuse a layout for a format whose files follow none."""
     if layout.model_ranks > 1 and not format.splits:
         splitting = ", ".join(row.name for row in FORMATS.values() if row.splits)
         raise UserError(
@@ -48,16 +47,39 @@ def is_ours(source: Path) -> bool:
     return has(contents_of(source), MANIFEST_FILE)
 
 
-def convert(source: str | Path, output: str | Path, *, format: Format, layout: Layout, origin: Origin) -> None:
-    """Publish the checkpoint `source` as `output`, a tensor at a time; no tensor changes.
+def convert(
+    source: str | Path | Checkpoint,
+    output: str | Path,
+    *,
+    format: str,
+    layout: Layout | None = None,
+    origin: Origin | None = None,
+    page: Mapping[str, bytes] | None = None,
+) -> None:
+    """Publish a checkpoint as `output`, a tensor at a time; no tensor changes.
 
+    `format` is a name in docs/formats.md, `layout` whose files its weights are split into. `page` are files for the hub
+    beside them, where the format has a place for such. `origin` is by default made of the source and the target.
     Raises UserError for a source that is not sound, before anything of it is published.
     """
-    check_target_format(format, layout)
-    assert format.write is not None
-    model = with_token_ids(open_checkpoint(source))
-    tensors = watched(stream(model.weights), len(model.weights.names()), f"to {format.name}", unit="tensor")
-    format.write(Path(output), model, tensors, origin=origin, layout=layout)
+    target, layout = written_format(format), layout or Layout()
+    check_layout(target, layout)
+    assert target.write is not None
+    model = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    place = model.path if isinstance(source, Checkpoint) else Path(source)
+    origin = origin or _origin_of(place, format, layout)
+    model = dataclasses.replace(with_token_ids(model), page=page or {})
+    tensors = watched(stream(model.weights), len(model.weights.names()), f"to {format}", unit="tensor")
+    target.write(Path(output), model, tensors, origin=origin, layout=layout)
+
+
+def _origin_of(source: Path, format: str, layout: Layout) -> Origin:
+    settings = {"format": format, "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
+    kind = FORMATS[format].kind
+    if not is_ours(source):
+        return Origin.of(kind, {**settings, "files": facts_of_source(source)})
+    parents, lineage = {"model": manifest_sha256(source)}, ancestors({"model": source})
+    return Origin.of(kind, settings, parents=parents, lineage=lineage)
 
 
 def with_token_ids(model: Checkpoint) -> Checkpoint:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from minitron_nemo.distributed import launch
 from minitron_nemo.distributed.launch import run_on_ranks
+from minitron_nemo.distributed.stopping import hearing
 from minitron_nemo.errors import RankError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +21,7 @@ PATIENCE = 60  # seconds for a slow machine to start something; none of the laws
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from minitron_nemo.cli import run_safely
+from minitron_nemo.cli import leave, run_safely
 from minitron_nemo.distributed.launch import PRELOADED, run_on_ranks
 from minitron_nemo.distributed.stopping import finishing
 from minitron_nemo.errors import StoppedError
@@ -47,7 +50,7 @@ def train(rank, folder):
 if __name__ == "__main__":
     PRELOADED[:] = ["torch"]
     body, folder = globals()[sys.argv[1]], Path(sys.argv[2])
-    sys.exit(run_safely(lambda: run_on_ranks(body, folder, num_ranks=2)))
+    leave(run_safely(lambda: run_on_ranks(body, folder, num_ranks=2)))
 """
 
 
@@ -149,6 +152,29 @@ def test_a_rank_of_torchrun_hears_its_signals_itself(start, body, number, code):
     os.kill(rank.pid, number)  # torchrun and srun pass on what the terminal sent already
     output, _ = rank.communicate(timeout=PATIENCE)
     assert rank.returncode == code, output
+
+
+def test_a_request_that_was_heard_inside_is_no_second_one_outside():
+    """What torchrun repeats while the command ends must not turn "stopped and saved" into "interrupted"."""
+    heard = []
+    with hearing(lambda: heard.append("outside")) as was_asked:
+        with hearing(lambda: heard.append("inside")):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert was_asked()
+    assert heard == ["inside"]
+
+
+@pytest.mark.parametrize(("said", "first"), [("20000\t60999\n", 20000), ("1024 65535", 32768), (None, 32768)])
+def test_ranks_meet_at_a_port_that_the_kernel_hands_to_nobody(tmp_path, monkeypatch, said, first):
+    if said is not None:
+        (tmp_path / "range").write_text(said)
+    monkeypatch.setattr(launch, "EPHEMERAL_PORTS", str(tmp_path / "range"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0 if first < 32768 else launch._free_port()))
+        below = iter([first - 1 - taken.getsockname()[1], 7] if first == 32768 else [7])
+        monkeypatch.setattr(launch.secrets, "randbelow", lambda limit: next(below))
+        assert launch._free_port() == first - 8
 
 
 def fail_in_rank_1(rank, how):

@@ -14,9 +14,16 @@ FAULTS = [
     Fault(
         MANIFEST,
         "files are not hashed when they are verified",
-        find='if found is None or file_sha256(found, advance=bar.advance) != manifest.files[name]["sha256"]:',
+        find='if name not in hashes or hashes[name].result() != manifest.files[name]["sha256"]:',
         replace="if False:",
         tests=f"{TEST_MANIFEST} -k damaged",
+    ),
+    Fault(
+        MANIFEST,
+        "hashing goes on after a damaged file was found",
+        find="            ended.set()\n            pool",
+        replace="            pool",
+        tests="tests/unit/test_manifest.py -k nobody_waits_for",
     ),
     Fault(
         MANIFEST,

@@ -88,4 +88,25 @@ FAULTS = [
         replace="facts[name] = found.length",
         tests=f"{TEST_CONVERT} -k foreign",
     ),
+    Fault(
+        CONVERT,
+        "a conversion to Hugging Face has no card",
+        find="page=page or {}",
+        replace="page={}",
+        tests=f"{TEST_CONVERT} -k has_its_page",
+    ),
+    Fault(
+        "minitron_nemo/checkpoint/formats/nemo1.py",
+        "a NeMo 1 tar is a folder",
+        find="needed=needed, packed=packed)",
+        replace="needed=needed)",
+        tests=f"{TEST_CONVERT} -k 'bit_for_bit and nemo1_tar'",
+    ),
+    Fault(
+        "minitron_nemo/reporting/model_card.py",
+        "the card of a foreign checkpoint forgets the source's licence",
+        find="Wishes(None, known.name, known.licence), foreign=arch)",
+        replace="Wishes(), foreign=arch)",
+        tests=f"{TEST_CONVERT} -k has_its_page",
+    ),
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_run import ROOT, tree
 
+import minitron_nemo
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.audit import audit, in_lines
 from minitron_nemo.checkpoint.formats.known import FORMATS, open_checkpoint
@@ -17,6 +18,8 @@ from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.cli import run_command
 from minitron_nemo.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_nemo.distributed.layout import Layout
+from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import RopeScaling
 from minitron_nemo.steps.convert import facts_of_source
 from minitron_nemo.testing import TINY, random_nemo
@@ -37,6 +40,7 @@ def start(tmp_path_factory):
     return random_nemo(folder / "start.nemo", arch)
 
 
+NORM = "decoder.final_layernorm.weight"
 WRITTEN = [name for name, row in FORMATS.items() if row.write is not None]
 
 
@@ -51,6 +55,7 @@ def test_every_format_that_is_written_comes_back_bit_for_bit(start, tmp_path, fo
     for name in start.weights.names():
         assert torch.equal(again.weights.read(name), start.weights.read(name))
     assert open_checkpoint(there).format == format.removesuffix("_019")
+    assert there.is_file() == format.endswith("_tar")
     if FORMATS[format].splits:
         assert len(list(there.rglob("*.distcp"))) == 4
 
@@ -67,6 +72,37 @@ def test_the_tokenizer_goes_along_and_what_is_done_is_not_done_again(start, tmp_
     assert tree(tmp_path) == before
     assert convert(path, tmp_path / "nemo", "nemo") == 2
     assert "set overwrite=true" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_has_its_page_whatever_it_was_made_of(start, tmp_path):
+    """Of a model artefact its making, of what others made its shape; the words of the source's card stay its own."""
+    assert convert(start.path, tmp_path / "of_ours", "hf") == 0
+    assert convert(start.path, tmp_path / "foreign", "nemo1_tar") == 0
+    assert convert(tmp_path / "foreign", tmp_path / "of_nemo1", "hf") == 0
+    (tmp_path / "of_nemo1" / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    (tmp_path / "of_nemo1" / "manifest.json").unlink()
+    assert convert(tmp_path / "of_nemo1", tmp_path / "of_hf", "hf") == 0
+    ours, foreign = ((tmp_path / name / "README.md").read_text() for name in ("of_ours", "of_hf"))
+    assert "## How it was made" in ours
+    assert "## How it was made" not in foreign
+    assert "license: llama3.1" in foreign
+    for text in (ours, foreign):
+        assert f"| hidden | {start.arch.hidden_size} |" in text
+        assert 'AutoModelForCausalLM.from_pretrained(".")' in text
+    assert "Llama 3.1 Community License" in (tmp_path / "of_hf" / "NOTICE").read_text()
+
+
+def test_from_python_a_name_is_enough(start, tmp_path):
+    minitron_nemo.convert(start.path, tmp_path / "run", format="megatron", layout=Layout(tp=2))
+    minitron_nemo.convert(tmp_path / "run", tmp_path / "back.nemo", format="nemo")
+    minitron_nemo.convert(minitron_nemo.open_checkpoint(tmp_path / "run"), tmp_path / "again.nemo", format="nemo")
+    back = open_nemo(tmp_path / "back.nemo", verify=True)
+    assert torch.equal(back.weights.read(NORM), start.weights.read(NORM))
+    assert back.manifest.extra["lineage"][0]["name"] == "run"
+    assert open_nemo(tmp_path / "again.nemo").manifest.fingerprint != back.manifest.fingerprint
+    for format in ("gguf", "nemo_state_dict"):
+        with pytest.raises(UserError, match=f"format='{format}': not one that is written; those are nemo, nemo_tar, "):
+            minitron_nemo.convert(start.path, tmp_path / "no", format=format)
 
 
 @pytest.mark.parametrize(

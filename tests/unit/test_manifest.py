@@ -2,12 +2,15 @@
 
 import json
 import logging
+from concurrent.futures import CancelledError
+from threading import Event, Timer
 
 import pytest
 
 from minitron_nemo.artefacts import manifest as m
 from minitron_nemo.artefacts import publishing as p
 from minitron_nemo.artefacts.origin import Origin, fingerprint_of
+from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.errors import UserError
 
 
@@ -136,6 +139,34 @@ def test_processes_that_share_the_reading_find_each_damage_once(tmp_path, parts)
         assert len(found) == 1
         assert f"{number}.bin: damaged" in found[0]
         (path / f"{number}.bin").write_bytes(bytes(number + 1))
+
+
+def test_the_first_damage_by_name_is_told_whichever_is_found_first(tmp_path):
+    path = tmp_path / "data"
+    with p.publishing(path, kind="data", origin=Origin("f")) as draft:
+        for name, size in (("a", 2**20), ("b", 1), ("c", 1)):
+            (draft.folder / name).write_bytes(bytes(size))
+    for name, size in (("a", 2**20), ("c", 1)):
+        (path / name).write_bytes(b"x" * size)
+    with pytest.raises(UserError, match="data/a: damaged"):
+        m.verify_files(path, m.read_manifest(path, kind="data"))
+
+
+def test_hashes_that_nobody_waits_for_are_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "BLOCK", 1)
+    (tmp_path / "x").write_bytes(bytes(100))
+    begun, go_on = Event(), Event()
+
+    def advance(size):
+        begun.set()
+        assert go_on.wait(10)
+
+    with m._hashing(advance, threads=1) as hashing:
+        under_way, waiting = (hashing(Stretch.whole(tmp_path / "x")) for _ in range(2))
+        assert begun.wait(10)
+        Timer(0.1, go_on.set).start()
+    assert isinstance(under_way.exception(), CancelledError)
+    assert waiting.cancelled()
 
 
 @pytest.mark.parametrize("name", ["z.txt", "sub/z.bin", "sub/.metadata", "deeper/x"])

@@ -253,5 +253,5 @@ def test_licences_are_known_by_name_where_no_page_was_read_and_else_not_guessed(
     assert "license" not in header(page)
     assert "NOTICE" not in page.files
     assert page.notes == [
-        "the licence of the model that it comes from is not known; set export_hf.license for the card"
+        "the licence of the model that it comes from is not known: the card needs it (export_hf.license)"
     ]

@@ -17,8 +17,9 @@ class Checkpoint:
 
     `format` is its name in `formats.known`; `tokenizer` has its tokenizer files, None where it carries none; `notes`
     are what is worth knowing besides, a line each: who wrote it, in which layout. `files` are further small files that
-    a `.nemo` keeps of it, by their names there; `tokens` counts those that the last step trained it on; `token_ids`
-    are `bos_token_id` and `eos_token_id` of a model that came with no Hugging Face config.
+    a `.nemo` keeps of it, by their names there; `page` are those that go beside its weights on the hub; `tokens` counts
+    those that the last step trained it on; `token_ids` are `bos_token_id` and `eos_token_id` of a model that came with
+    no Hugging Face config.
     """
 
     path: Path
@@ -29,5 +30,6 @@ class Checkpoint:
     tokenizer: Contents | None = None
     notes: tuple[str, ...] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
+    page: Mapping[str, bytes] = field(default_factory=dict)
     tokens: int = 0
     token_ids: Mapping[str, int] = field(default_factory=dict)

@@ -343,7 +343,7 @@ def write(
     output: str | Path, model: Checkpoint, tensors: Iterable[tuple[str, Tensor]], *, origin: Origin, layout: Layout
 ) -> None:
     """Publish a checkpoint of any format as a Hugging Face folder, which no layout splits."""
-    export_hf(model, output, origin=origin, tensors=tensors, token_ids=model.token_ids)
+    export_hf(model, output, origin=origin, tensors=tensors, token_ids=model.token_ids, files=model.page)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

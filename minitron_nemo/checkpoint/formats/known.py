@@ -17,7 +17,7 @@ from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.checkpoint.formats import hf, megatron, nemo, nemo1, nemo2, nemo_state_dict
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.distributed.layout import Layout
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 
 
 class Write(Protocol):
@@ -62,8 +62,10 @@ FORMATS = {row.name: row for row in (
     Format(nemo_state_dict.NAME, "model_weights.ckpt beside the config of a MinitronGPT", nemo_state_dict.recognise,
            nemo_state_dict.open_checkpoint),
     Format(hf.KIND, "config.json beside *.safetensors", hf.recognise, hf.open_checkpoint, hf.KIND, hf.write),
-    Format(nemo1.NAME, "model_config.yaml of NeMo 1, in a folder or a tar", nemo1.recognise, nemo1.open_checkpoint,
-           nemo1.NAME, nemo1.write, splits=True),
+    Format(nemo1.NAME, "model_config.yaml of NeMo 1, in a folder", lambda c: not _is_tar(c) and nemo1.recognise(c),
+           nemo1.open_checkpoint, nemo1.NAME, nemo1.write, splits=True),
+    Format(nemo1.TAR_NAME, "the same in one uncompressed tar", lambda c: _is_tar(c) and nemo1.recognise(c),
+           nemo1.open_checkpoint, nemo1.NAME, partial(nemo1.write, packed=True)),
     Format(nemo2.NAME, "context/ and weights/", nemo2.recognise, nemo2.open_checkpoint, nemo2.NAME, nemo2.write,
            splits=True),
     Format(megatron.NAME, "iter_XXXXXXX with .metadata", megatron.recognise, megatron.open_checkpoint, megatron.NAME,
@@ -72,6 +74,14 @@ FORMATS = {row.name: row for row in (
     Format("megatron_019", "the same", lambda contents: False, megatron.open_checkpoint, megatron.NAME,
            partial(megatron.write, common_is_object=True), splits=True),
 )}  # fmt: skip
+
+
+def written_format(name: str) -> Format:
+    """The row of a format that is written; UserError for another name."""
+    if (row := FORMATS.get(name)) is None or row.write is None:
+        written = ", ".join(row.name for row in FORMATS.values() if row.write is not None)
+        raise UserError(f"format={shown(name)}: not one that is written; those are {written}")
+    return row
 
 
 def format_of(place: Place) -> Format:

@@ -31,7 +31,7 @@ from minitron_nemo.checkpoint.formats.megatron_config import (
 from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, copy_tokenizer
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, publish_weights, vocabulary_rows
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -248,8 +248,9 @@ def write(
         if model.tokenizer is not None:
             (folder / TOKENIZER).mkdir()
             copy_tokenizer(model.tokenizer, folder / TOKENIZER)
-        hashes = write_stream(
-            folder,
+        publish_weights(
+            draft,
+            name,
             tensors,
             arch=model.arch,
             dtype=model.dtype,
@@ -257,4 +258,3 @@ def write(
             common=common,
             common_is_object=common_is_object,
         )
-        draft.hashes.update({f"{name}/{file}": sha for file, sha in hashes.items()})

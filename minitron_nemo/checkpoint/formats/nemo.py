@@ -27,9 +27,7 @@ from minitron_nemo.artefacts.signature import check_signature
 from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
-from minitron_nemo.checkpoint.hashed_files import HashingFile
-from minitron_nemo.checkpoint.torch_dist import weights_file
-from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
+from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, publish_weights
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
@@ -248,14 +246,7 @@ def write_nemo(
         describe_folder(draft.folder, arch, dtype=dtype, tokenizer=tokenizer)
         for name, content in (files or {}).items():
             (draft.folder / name).write_bytes(content)
-        (draft.folder / WEIGHTS).mkdir()
-        file = None
-        if draft.tar is not None:
-            file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{WEIGHTS}/{weights_file(0)}"))
-        hashes = write_stream(draft.folder / WEIGHTS, tensors, arch=arch, dtype=dtype, layout=layout, file=file)
-        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
-        if draft.tar is not None and file is not None:
-            draft.tar.complete(file.position)
+        publish_weights(draft, WEIGHTS, tensors, arch=arch, dtype=dtype, layout=layout)
         if prove is not None:
             assert not packed, "what is packed cannot be looked at before it is complete"
             draft.extra.update(prove(TorchDistWeights(draft.folder / WEIGHTS, arch, source=CONFIG_FILE)))

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from minitron_nemo.artefacts.contents import Contents, has, read_small
+from minitron_nemo.artefacts.contents import Contents, TarContents, has, read_small
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.artefacts.stretch import Stretch
@@ -26,13 +26,13 @@ from minitron_nemo.checkpoint.formats.nemo1_ranks import RANK_FILE, RankFiles, R
 from minitron_nemo.checkpoint.formats.tokenizer_size import tokenizer_size
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedTensors, StackedWeights, vocabulary_rows, write_stream
+from minitron_nemo.checkpoint.torch_dist_weights import StackedTensors, StackedWeights, publish_weights, vocabulary_rows
 from minitron_nemo.checkpoint.zarr_folder import ZarrTensors
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.tensors import EMBEDDING
 
-NAME = "nemo1"
+NAME, TAR_NAME = "nemo1", "nemo1_tar"  # among the formats: a folder, one file
 PREFIX = "model."
 PREFIXES = (PREFIX, "model.module.", "")  # the second with megatron_amp_O2
 ARTEFACT = re.compile(r"nemo:([0-9a-f]{32}_[^/\\]+)")
@@ -60,7 +60,8 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
         rows = vocabulary_rows(reader, prefix=prefix)
         arch, notes = arch_of_config(config, rows=rows, words=words, source=source)
         weights = StackedWeights(reader, arch, source=CONFIG_FILE, prefix=prefix, of_training=True)
-    return Checkpoint(contents.path, NAME, arch, weights.dtype(), weights, tokenizer, (*note, layout, *notes))
+    name = TAR_NAME if isinstance(contents, TarContents) else NAME
+    return Checkpoint(contents.path, name, arch, weights.dtype(), weights, tokenizer, (*note, layout, *notes))
 
 
 def _reader(weights: Contents) -> tuple[StackedTensors, str]:
@@ -116,21 +117,19 @@ def write(
     *,
     origin: Origin,
     layout: Layout | None = None,
+    packed: bool = False,
 ) -> None:
-    """Publish the stream of a model's tensors as the folder of a NeMo 1 model, weights as torch_dist.
+    """Publish the stream of a model's tensors as a NeMo 1 model, weights as torch_dist: a folder, or one tar.
 
-    NeMo 1 restores it through `model_extracted_dir`. UserError for a model that NeMo 1 cannot be told.
+    NeMo 1 restores a folder through `model_extracted_dir`. UserError for a model that NeMo 1 cannot be told.
     """
     layout = layout or Layout()
     config = config_of(model.arch, dtype=model.dtype, tp=layout.tp, pp=layout.pp)
     needed = model.arch.num_params() * model.dtype.itemsize
-    with publishing(output, kind=NAME, origin=origin, needed=needed) as draft:
-        weights = draft.folder / WEIGHTS
-        weights.mkdir()
+    with publishing(output, kind=NAME, origin=origin, needed=needed, packed=packed) as draft:
         config["tokenizer"] = _write_tokenizer(draft.folder, model.tokenizer)
         (draft.folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        hashes = write_stream(weights, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
-        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
+        publish_weights(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Contents | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from minitron_nemo.checkpoint.formats.nemo import copy_tokenizer
 from minitron_nemo.checkpoint.formats.nemo2_graph import Call, graph_of
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, publish_weights, vocabulary_rows
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -187,9 +187,7 @@ def write(
     context_of(model.arch, tokenizer=False)
     needed = model.arch.num_params() * model.dtype.itemsize
     with publishing(output, kind=NAME, origin=origin, needed=needed) as draft:
-        weights, context = draft.folder / WEIGHTS, draft.folder / CONTEXT
-        weights.mkdir()
+        context = draft.folder / CONTEXT
         context.mkdir()
         _write_context(context, model)
-        hashes = write_stream(weights, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
-        draft.hashes.update({f"{WEIGHTS}/{name}": sha for name, sha in hashes.items()})
+        publish_weights(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
