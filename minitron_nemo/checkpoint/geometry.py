@@ -2,10 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from minitron_nemo.checkpoint.buffers import new_tensor
 
 PAIRS_LIMIT = 1000  # boxes that are compared each with each
 
@@ -34,6 +38,11 @@ class Box:
         origin = (0,) * len(self.offset) if origin is None else origin
         return tuple(slice(b - o, e - o) for b, e, o in zip(self.offset, self.end, origin, strict=True))
 
+    def check_inside(self, shape: Sequence[int], key: str) -> None:
+        """Refuse to be asked of a tensor of this shape when part of this box is no part of it."""
+        if min(self.offset, default=0) < 0 or any(e > s for e, s in zip(self.end, shape, strict=True)):
+            raise IndexError(f"{key}: box at {self.offset} of size {self.size} leaves the shape {tuple(shape)}")
+
 
 def whole(shape: Sequence[int]) -> Box:
     """The box of a whole tensor."""
@@ -56,6 +65,26 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
+
+
+Stored = TypeVar("Stored", bound=Box)
+
+
+def read_box(
+    box: Box, dtype: torch.dtype, chunks: Iterable[Stored], read: Callable[[Stored, Box, Tensor], None]
+) -> Tensor:
+    """A box of a tensor that lies in chunks: `read(chunk, shared, out)` fills `out` with the box that both have.
+
+    What one chunk has alone is read into the result, without a copy.
+    """
+    result = new_tensor(box.size, dtype)
+    for chunk in chunks:
+        if (shared := box.shared_with(chunk)) is not None:
+            part = result if shared.size == box.size else torch.empty(shared.size, dtype=dtype)
+            read(chunk, shared, part)
+            if part is not result:
+                result[shared.slices(box.offset)] = part
+    return result
 
 
 def coverage_fault(stored: StoredTensor) -> str | None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +19,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.contents import Contents, Place, contents_of
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.stretch import Stretch
-from minitron_nemo.checkpoint.buffers import new_tensor
-from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, whole
+from minitron_nemo.checkpoint.geometry import Box, Chunk, StoredTensor, coverage_fault, read_box, whole
 from minitron_nemo.checkpoint.hashed_files import Fill, HashingFile, VerifiedFile, fill_from
 from minitron_nemo.checkpoint.payload import SavedTensor, find_tensor, read_part
 from minitron_nemo.checkpoint.restricted_metadata import (
@@ -73,17 +73,9 @@ class TorchDistReader:
         """A box of the global tensor, on the CPU in its stored dtype; the default is all of it."""
         stored = self._tensors[key]
         box = whole(stored.shape) if box is None else box
-        if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(box.end, stored.shape, strict=True)):
-            raise IndexError(f"{key}: box at {box.offset} of size {box.size} leaves the shape {stored.shape}")
+        box.check_inside(stored.shape, key)
         self._check_whole(key)
-        result = new_tensor(box.size, stored.dtype)
-        for chunk in stored.chunks:
-            if (shared := box.shared_with(chunk)) is not None:
-                part = result if shared.size == box.size else torch.empty(shared.size, dtype=stored.dtype)
-                self._read_part(key, chunk, shared, part)
-                if part is not result:
-                    result[shared.slices(box.offset)] = part
-        return result
+        return read_box(box, stored.dtype, stored.chunks, partial(self._read_part, key))
 
     def check_whole(self, keys: Iterable[str]) -> None:
         """Refuse, by name, the first of these tensors whose chunks do not cover it exactly once."""

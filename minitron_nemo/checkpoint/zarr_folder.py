@@ -6,6 +6,7 @@ Source: the zarr storage specification, version 2, and Megatron-Core 0.5, which 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from minitron_nemo.artefacts.contents import Contents
 from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.stretch import Stretch
-from minitron_nemo.checkpoint.buffers import new_tensor
-from minitron_nemo.checkpoint.geometry import Box, whole
+from minitron_nemo.checkpoint.geometry import Box, read_box, whole
 from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.payload import SavedTensor, read_part
 from minitron_nemo.errors import UserError
@@ -62,30 +62,22 @@ class ZarrTensors:
         """A box of the array, on the CPU in its stored dtype; the default is all of it."""
         array, chunk, _ = self._arrays[key]
         box = whole(array.shape) if box is None else box
-        if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(box.end, array.shape, strict=True)):
-            raise IndexError(f"{key}: box at {box.offset} of size {box.size} leaves the shape {array.shape}")
+        box.check_inside(array.shape, key)
         if key not in self._whole:
             self.check_whole([key])  # before memory is taken for what the array says that it has
-        result = new_tensor(box.size, array.dtype)
-        for index in _chunks_of(box, chunk):
-            place = Box(tuple(i * c for i, c in zip(index, chunk, strict=True)), chunk)
-            if (shared := box.shared_with(place)) is not None:
-                part = result if shared.size == box.size else torch.empty(shared.size, dtype=array.dtype)
-                self._read_chunk(key, index, shared, part)
-                if part is not result:
-                    result[shared.slices(box.offset)] = part
-        return result
+        return read_box(box, array.dtype, _chunks_of(box, chunk), partial(self._read_chunk, key))
 
-    def _read_chunk(self, key: str, index: tuple[int, ...], shared: Box, out: Tensor) -> None:
-        found, (array, chunk, _) = self._find_chunk(key, index), self._arrays[key]
-        offset = tuple(at - i * c for at, i, c in zip(shared.offset, index, chunk, strict=True))
+    def _read_chunk(self, key: str, chunk: Box, shared: Box, out: Tensor) -> None:
+        array, index = self._arrays[key][0], tuple(o // s for o, s in zip(chunk.offset, chunk.size, strict=True))
+        found = self._find_chunk(key, index)
+        offset = tuple(at - begin for at, begin in zip(shared.offset, chunk.offset, strict=True))
         with found.path.open("rb", buffering=0) as file:
 
             def fill(target: memoryview, position: int) -> None:
                 fill_from(file, target, found.start + position)
 
             try:
-                read_part(fill, SavedTensor.in_order(array.dtype, chunk), Box(offset, shared.size), out)
+                read_part(fill, SavedTensor.in_order(array.dtype, chunk.size), Box(offset, shared.size), out)
             except EOFError:
                 raise UserError(f"{found.path}: ends before the chunk of {key} does; it was cut short") from None
 
@@ -129,7 +121,8 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if is_list and all(type(size) is int and 0 < size < 2**48 for size in value) else None
 
 
-def _chunks_of(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Indices of the chunks that a box touches."""
-    spans = zip(box.offset, box.end, chunk, strict=True)
-    return itertools.product(*(range(begin // step, -(-end // step)) for begin, end, step in spans))
+def _chunks_of(box: Box, size: tuple[int, ...]) -> Iterator[Box]:
+    """The chunks of this size that a box touches."""
+    spans = zip(box.offset, box.end, size, strict=True)
+    starts = itertools.product(*(range(begin // step * step, end, step) for begin, end, step in spans))
+    return (Box(start, size) for start in starts)
