@@ -41,9 +41,9 @@ def _itself(name: str) -> dict[str, Any]:
 def run_config_of(arch: ModelArch, *, dtype: torch.dtype, layout: Layout, tokenizer: bool) -> dict[str, Any]:
     """What the Bridge reads of a run; UserError for a rotary scaling that it cannot be told.
 
-    That is what Megatron-LM cannot be told either, as both leave it to Megatron-Core: where one opens a folder the other
-    does. How a run trains is left out, and so is the class of the whole, which asks for all of it. How fast layers
-    compute (fusions, Transformer Engine) is left to the Bridge.
+    Megatron-LM cannot be told it either, as both leave it to Megatron-Core: whoever opens a folder, the other can. How
+    a run trains is left out, and so is the class of the whole, which asks for all of it. How fast layers compute
+    (fusions, Transformer Engine) is left to the Bridge.
     """
     factor = llama31_factor(arch, target="Megatron-Bridge")
     model = {
@@ -67,9 +67,12 @@ def run_config_of(arch: ModelArch, *, dtype: torch.dtype, layout: Layout, tokeni
     }
     # Asked for when a run goes on from here. Without `save_optim` and `save_rng` it looks for neither.
     checkpoint = {"ckpt_format": "torch_dist", "save_optim": False, "save_rng": False, "fully_parallel_save": False}
-    # A path would be looked up on the hub or in the working directory wherever the folder is moved to.
-    words = {"_target_": TOKENIZER_CONFIG, "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": None}
-    return {FAMILY: arch.family, "model": model, "checkpoint": checkpoint, **({"tokenizer": words} if tokenizer else {})}
+    config = {FAMILY: arch.family, "model": model, "checkpoint": checkpoint}
+    if tokenizer:
+        # It lies in `tokenizer/`, but a relative path is looked up in the working directory, and then on the hub.
+        words = {"_target_": TOKENIZER_CONFIG, "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": None}
+        config["tokenizer"] = words
+    return config
 
 
 def arch_of_run_config(contents: Contents, rows: int) -> tuple[ModelArch, tuple[str, ...]]:

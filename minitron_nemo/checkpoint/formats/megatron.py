@@ -69,14 +69,15 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
     reader = TorchDistReader(contents)
     state = common_state(contents, reader.objects)
     rows = vocabulary_rows(reader)
+    args = fields_of((state or {}).get("args"))
     if has(contents, RUN_CONFIG_FILE):
         source, (arch, notes) = RUN_CONFIG_FILE, arch_of_run_config(contents, rows)
-    else:
-        args = fields_of((state or {}).get("args"))
-        if args is None:
-            raise UserError(f"{contents.path}: neither {RUN_CONFIG_FILE} nor arguments say what model it is")
+    elif args is not None:
         source = "its arguments"
         arch, notes = arch_of_args(args, rows, source=f"{contents.path}: args")
+    else:
+        raise UserError(f"{contents.path}: neither {RUN_CONFIG_FILE} nor arguments say what model it is")
+    if args is not None:
         notes = (*notes, f"saved by {_layout_of(args)}")
     weights = StackedWeights(reader, arch, source=source, of_training=True)
     form = f"common state in {COMMON_FILE}" if has(contents, COMMON_FILE) else "common state among the tensors"
