@@ -1,10 +1,11 @@
-"""Faults in the formats of others: NeMo 1, NeMo 2, Megatron-LM."""
+"""Faults in the formats of others: NeMo 1, NeMo 2, Megatron-LM, Megatron-Bridge."""
 
 from mutants.fault import Fault
 
 FORMATS = "minitron_nemo/checkpoint/formats"
 CONFIG = f"{FORMATS}/megatron_config.py"
 MEGATRON = f"{FORMATS}/megatron.py"
+BRIDGE = f"{FORMATS}/bridge_config.py"
 NEMO1 = f"{FORMATS}/nemo1.py"
 RANKS = f"{FORMATS}/nemo1_ranks.py"
 WEIGHTS = "minitron_nemo/checkpoint/torch_dist_weights.py"
@@ -12,6 +13,7 @@ ZARR = "minitron_nemo/checkpoint/zarr_folder.py"
 STATE_DICT = "minitron_nemo/checkpoint/state_dict_file.py"
 COMMON = "minitron_nemo/checkpoint/common_state.py"
 TEST = "tests/unit/test_foreign_formats.py"
+TEST_BRIDGE = "tests/unit/test_bridge_config.py"
 
 FAULTS = [
     Fault(
@@ -76,6 +78,62 @@ FAULTS = [
         find='not args.get("untie_embeddings_and_output_weights")',
         replace="False",
         tests=f"{TEST} -k 'runs_of_megatron and tied and 16'",
+    ),
+    Fault(
+        CONFIG,
+        "biases of queries, keys and values are left to the class",
+        find='        "add_qkv_bias": arch.add_qkv_bias,\n',
+        replace="",
+        tests=f"{TEST_BRIDGE} -k every_field",
+    ),
+    Fault(
+        BRIDGE,
+        "the Bridge is not told of scaled rotary frequencies",
+        find='"rope_scaling": factor is not None,',
+        replace='"rope_scaling": False,',
+        tests=f"{TEST_BRIDGE} -k every_field",
+    ),
+    Fault(
+        BRIDGE,
+        "the family is lost on the way to the Bridge and back",
+        find='{FAMILY: arch.family, "model"',
+        replace='{"model"',
+        tests=f"{TEST_BRIDGE} -k every_field",
+    ),
+    Fault(
+        BRIDGE,
+        "the Bridge calls the activation, with nothing",
+        find='{"_target_": name, "_call_": False}',
+        replace='{"_target_": name}',
+        tests=f"{TEST_BRIDGE} -k classes_of_its_own",
+    ),
+    Fault(
+        BRIDGE,
+        "the Bridge makes a table of more words on one rank",
+        find='"make_vocab_size_divisible_by": 1,',
+        replace='"make_vocab_size_divisible_by": 128,',
+        tests=f"{TEST_BRIDGE} -k not_padded",
+    ),
+    Fault(
+        BRIDGE,
+        "the Bridge loads bf16 into a model of float32",
+        find='"bf16": dtype == torch.bfloat16,',
+        replace='"bf16": False,',
+        tests=f"{TEST_BRIDGE} -k goes_on",
+    ),
+    Fault(
+        BRIDGE,
+        "the layers of a builder are not found",
+        find="return {**(inner if isinstance(inner, dict) else {}), **model}",
+        replace="return dict(model)",
+        tests=f"{TEST_BRIDGE} -k builder",
+    ),
+    Fault(
+        MEGATRON,
+        "a folder for the Bridge does not say its layout",
+        find="    if args is not None:\n        notes",
+        replace="    if args is not None and not has(contents, RUN_CONFIG_FILE):\n        notes",
+        tests=f"{TEST_BRIDGE} -k layouts_are_noted",
     ),
     Fault(
         NEMO1,

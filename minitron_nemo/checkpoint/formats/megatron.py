@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, has, read_small
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.checkpoint.common_state import common_state, fields_of
+from minitron_nemo.checkpoint.formats.bridge_config import RUN_CONFIG_FILE, arch_of_run_config, run_config_of
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
-from minitron_nemo.checkpoint.formats.foreign_yaml import function_name, read_yaml_mapping
 from minitron_nemo.checkpoint.formats.megatron_config import (
     FAMILY,
     ModelFields,
     arch_of,
     llama31_factor,
     padded,
-    rope_scaling_of,
     scaled_by,
     vocabulary,
 )
@@ -38,7 +38,6 @@ from minitron_nemo.shape.arch import ModelArch
 
 NAME = "megatron"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
-RUN_CONFIG_FILE = "run_config.yaml"
 ITERATION = 1  # of what is written: Megatron-LM takes none below
 LEGACY_FILE = re.compile(r"(.*/)?mp_rank_\d\d(_\d\d\d)?/(model_optim_rng|model_rng)\.pt")
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's own default
@@ -70,14 +69,15 @@ def open_checkpoint(contents: Contents) -> Checkpoint:
     reader = TorchDistReader(contents)
     state = common_state(contents, reader.objects)
     rows = vocabulary_rows(reader)
+    args = fields_of((state or {}).get("args"))
     if has(contents, RUN_CONFIG_FILE):
-        source, (arch, notes) = RUN_CONFIG_FILE, _arch_of_run_config(contents, rows)
-    else:
-        args = fields_of((state or {}).get("args"))
-        if args is None:
-            raise UserError(f"{contents.path}: neither {RUN_CONFIG_FILE} nor arguments say what model it is")
+        source, (arch, notes) = RUN_CONFIG_FILE, arch_of_run_config(contents, rows)
+    elif args is not None:
         source = "its arguments"
         arch, notes = arch_of_args(args, rows, source=f"{contents.path}: args")
+    else:
+        raise UserError(f"{contents.path}: neither {RUN_CONFIG_FILE} nor arguments say what model it is")
+    if args is not None:
         notes = (*notes, f"saved by {_layout_of(args)}")
     weights = StackedWeights(reader, arch, source=source, of_training=True)
     form = f"common state in {COMMON_FILE}" if has(contents, COMMON_FILE) else "common state among the tensors"
@@ -141,18 +141,6 @@ def arch_of_args(args: Mapping[str, Any], rows: int, *, source: str) -> tuple[Mo
         said = None  # of a tokenizer that says another number than the table was made for
     words, notes = vocabulary(rows, said, source=source)
     return arch_of(fields, vocab_size=words, rope_scaling=scaling), notes
-
-
-def _arch_of_run_config(contents: Contents, rows: int) -> tuple[ModelArch, tuple[str, ...]]:
-    source = str(contents.path / RUN_CONFIG_FILE)
-    values = read_yaml_mapping(contents, RUN_CONFIG_FILE).get("model")
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: no mapping under model; it must describe one")
-    values = {**values, "activation_func": function_name(values.get("activation_func"))}
-    fields = ModelFields(values, source=source)
-    words, notes = vocabulary(rows, values.get("vocab_size"), source=source)
-    family = "mistral" if "mistral" in str(values.get("_target_", "")).lower() else ""
-    return arch_of(fields, vocab_size=words, rope_scaling=rope_scaling_of(fields), family=family), notes
 
 
 def args_of(arch: ModelArch, *, dtype: torch.dtype, layout: Layout) -> argparse.Namespace:
@@ -231,13 +219,15 @@ def write(
     layout: Layout | None = None,
     common_is_object: bool = False,
 ) -> None:
-    """Publish the stream of a model's tensors as a folder that Megatron-LM's `--load` takes.
+    """Publish the stream of a model's tensors as a folder that Megatron-LM's `--load` takes and Megatron-Bridge opens.
 
     With `common_is_object` the common state is where Megatron-Core 0.19 puts it, which 0.16 cannot read; without it,
     both can. UserError for a model that Megatron-LM cannot be told.
     """
     layout = layout or Layout()
     args = args_of(model.arch, dtype=model.dtype, layout=layout)
+    has_tokenizer = model.tokenizer is not None
+    run_config = run_config_of(model.arch, dtype=model.dtype, layout=layout, tokenizer=has_tokenizer)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
     needed = model.arch.num_params() * model.dtype.itemsize
     with publishing(output, kind=NAME, origin=origin, needed=needed) as draft:
@@ -245,6 +235,7 @@ def write(
         folder = draft.folder / name
         folder.mkdir()
         (draft.folder / LATEST_FILE).write_text(str(ITERATION), encoding="ascii")
+        (folder / RUN_CONFIG_FILE).write_text(yaml.safe_dump(run_config, sort_keys=False), encoding="utf-8")
         if model.tokenizer is not None:
             (folder / TOKENIZER).mkdir()
             copy_tokenizer(model.tokenizer, folder / TOKENIZER)

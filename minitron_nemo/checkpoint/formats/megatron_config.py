@@ -122,6 +122,41 @@ def arch_of(fields: ModelFields, *, vocab_size: int, rope_scaling: RopeScaling |
     return ModelArch(**values)
 
 
+def core_fields(arch: ModelArch) -> dict[str, Any]:
+    """The fields that `arch_of` reads the shape from, but for the function and the rotary scaling, which others spell.
+
+    All are written, also where a class has the same default: defaults differ between classes and releases.
+    """
+    is_1p = arch.normalization == "LayerNorm1p"
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "seq_length": arch.seq_length,
+        "vocab_size": arch.vocab_size,
+        "normalization": "LayerNorm" if is_1p else arch.normalization,
+        "layernorm_zero_centered_gamma": is_1p,
+        "layernorm_epsilon": arch.norm_epsilon,
+        "gated_linear_unit": arch.is_gated,
+        "position_embedding_type": "rope",
+        "rotary_base": arch.rotary_base,
+        "rotary_percent": arch.rotary_percent,
+        "rotary_interleaved": False,
+        "seq_len_interpolation_factor": None,
+        "window_size": None,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.add_qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
+        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "num_moe_experts": None,
+    }
+
+
 def _activation(fields: ModelFields) -> str:
     name, gated = fields.values.get("activation_func"), fields.flag("gated_linear_unit")
     if (name, gated) in (("silu", True), ("swiglu", True)):

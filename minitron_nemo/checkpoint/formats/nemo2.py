@@ -18,7 +18,14 @@ from minitron_nemo.artefacts.paths import is_plain_name
 from minitron_nemo.artefacts.publishing import publishing
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.foreign_yaml import function_name, read_yaml_mapping
-from minitron_nemo.checkpoint.formats.megatron_config import FAMILY, ModelFields, arch_of, rope_scaling_of, vocabulary
+from minitron_nemo.checkpoint.formats.megatron_config import (
+    FAMILY,
+    ModelFields,
+    arch_of,
+    core_fields,
+    rope_scaling_of,
+    vocabulary,
+)
 from minitron_nemo.checkpoint.formats.nemo import copy_tokenizer
 from minitron_nemo.checkpoint.formats.nemo2_graph import Call, graph_of
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
@@ -116,36 +123,11 @@ def context_of(arch: ModelArch, *, tokenizer: bool) -> Call:
             "high_freq_factor": rope.high_freq_factor,
             "old_context_len": rope.original_max_position_embeddings,
         }
-    is_1p = arch.normalization == "LayerNorm1p"
     values = {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_query_groups,
-        "kv_channels": arch.kv_channels,
-        "seq_length": arch.seq_length,
-        "vocab_size": arch.vocab_size,
-        "normalization": "LayerNorm" if is_1p else arch.normalization,
-        "layernorm_zero_centered_gamma": is_1p,
-        "layernorm_epsilon": arch.norm_epsilon,
+        **core_fields(arch),
         "activation_func": Call(FUNCTIONS[arch.activation]),
-        "gated_linear_unit": arch.is_gated,
-        "position_embedding_type": "rope",
-        "rotary_base": arch.rotary_base,
-        "rotary_percent": arch.rotary_percent,
-        "rotary_interleaved": False,
         "apply_rope_fusion": False,  # which Transformer Engine alone has
-        "seq_len_interpolation_factor": None,
         **scaling,
-        "window_size": None,
-        "add_bias_linear": False,
-        "add_qkv_bias": arch.add_qkv_bias,
-        "qk_layernorm": arch.qk_layernorm,
-        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "num_moe_experts": None,
     }
     arguments: dict[str, Any] = {"config": Call(f"{_MODELS}.{config}", values)}
     if tokenizer:
