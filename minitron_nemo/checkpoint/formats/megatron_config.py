@@ -123,7 +123,7 @@ def arch_of(fields: ModelFields, *, vocab_size: int, rope_scaling: RopeScaling |
 
 
 def core_fields(arch: ModelArch) -> dict[str, Any]:
-    """The fields that `arch_of` reads the shape from, but for the function and the rotary scaling, which others spell.
+    """The fields that `arch_of` reads the shape from; each target has its own way to say activation and rotary scaling.
 
     All are written, also where a class has the same default: defaults differ between classes and releases.
     """
