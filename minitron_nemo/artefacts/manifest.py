@@ -19,7 +19,7 @@ from typing import Any
 
 from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE
+from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE, check_signature, is_asked_for
 from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
@@ -188,6 +188,19 @@ def verify_files(
             found = contents.find(name)
             if found is None or file_sha256(found, advance=bar.advance) != manifest.files[name]["sha256"]:
                 raise damaged(contents.path / name)
+
+
+def check_signed(artefact: Place, *, kind: str, under: str = "", leave: Container[str] = ()) -> None:
+    """Refuse what the trusted key did not sign as an artefact of this kind, and files that are not what was signed.
+
+    A signature is of the manifest alone, so the files are hashed too: those whose names begin with `under`, without
+    those to `leave`, which are hashed by who reads them. Nothing is asked where no key is trusted.
+    """
+    if is_asked_for():
+        check_signature(artefact)
+        manifest = read_manifest(artefact, kind=kind)
+        others = {name for name in manifest.files if not name.startswith(under) or name in leave}
+        verify_files(artefact, manifest, leave=others)
 
 
 def is_current(path: str | Path, fingerprint: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from minitron_nemo.artefacts.contents import Place
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import HashingFile
-from minitron_nemo.checkpoint.source import ShapedSource
+from minitron_nemo.checkpoint.source import ShapedSource, ended
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
@@ -173,7 +173,9 @@ def write_stream(
     holders = _Holders(arch, layout)
     writers: dict[int, TorchDistWriter] = {}
     with ExitStack() as stack:
-        for name, tensor in tensors:
+        if file is not None:
+            stack.callback(file.close)
+        for name, tensor in stack.enter_context(ended(tensors)):
             logical = missing.pop(name)
             shape = logical.shape(arch)
             assert tuple(tensor.shape) == shape, f"{name}: got {tuple(tensor.shape)}, expected {shape}"

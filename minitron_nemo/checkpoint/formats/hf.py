@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, has
 from minitron_nemo.artefacts.foreign_json import read_json_object
-from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.artefacts.manifest import check_signed, file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
@@ -45,7 +45,7 @@ from minitron_nemo.checkpoint.formats.nemo import (
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
-from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.checkpoint.source import ShapedSource, ended, stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -82,9 +82,15 @@ class HfFolder:
 def open_hf(folder: str | Path) -> HfFolder:
     """The Hugging Face folder, its config and the names, shapes and dtypes of its tensors checked.
 
-    Raises UserError for an unsupported config and for a tensor that is missing, extra or misshapen.
+    Raises UserError for an unsupported config, for a tensor that is missing, extra or misshapen, and, where a key is
+    trusted, for what it did not sign.
     """
-    path = Path(folder)
+    check_signed(folder, kind=KIND)
+    return _opened(Path(folder))
+
+
+def _opened(path: Path) -> HfFolder:
+    """The folder, its signature apart, which `formats.known` has asked for."""
     config = _read_json(path, CONFIG_FILE)
     weights = HfWeights(path, arch_from_config(config, source=str(path / CONFIG_FILE)))
     return HfFolder(path, config, weights.arch, weights.dtype(), weights)
@@ -323,8 +329,9 @@ def export_hf(
             _write_json(draft.folder / GENERATION_FILE, ids)
         for name, content in (files or {}).items():
             (draft.folder / name).write_bytes(content)
-        unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
-        _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
+        packed = stream(nemo.weights) if tensors is None else tensors
+        with ended(_unpacked(packed, nemo.arch)) as unpacked:
+            _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
 
 
 def recognise(contents: Contents) -> bool:
@@ -334,7 +341,7 @@ def recognise(contents: Contents) -> bool:
 
 def open_checkpoint(contents: Contents) -> Checkpoint:
     """A Hugging Face folder as a checkpoint."""
-    folder = open_hf(contents.path)
+    folder = _opened(contents.path)
     kept = _kept_files(folder)
     return Checkpoint(folder.path, KIND, folder.arch, folder.dtype, folder.weights, contents, files=kept)
 
@@ -353,8 +360,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _unpacked(tensors: Iterable[tuple[str, Tensor]], arch: ModelArch) -> Iterator[tuple[str, Tensor]]:
     """A stream of logical tensors as the stream of Hugging Face's."""
     named: dict[str, LogicalTensor] = logical_tensors(arch)
-    for name, tensor in tensors:
-        yield from zip(hf_names(named[name], arch), named[name].row.dims[0].to_hf(tensor, arch), strict=True)
+    with ended(tensors) as packed:
+        for name, tensor in packed:
+            yield from zip(hf_names(named[name], arch), named[name].row.dims[0].to_hf(tensor, arch), strict=True)
 
 
 def _plan_shards(arch: ModelArch, *, itemsize: int, shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
