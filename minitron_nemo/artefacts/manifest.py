@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
+from minitron_nemo.artefacts.contents import MEMBERS_LIMIT, Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE, check_signature, is_asked_for
 from minitron_nemo.artefacts.stretch import Stretch
@@ -26,6 +26,7 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.progress import progress
 
 BLOCK = 16 << 20  # bytes read at a time
+LIMIT = 16 * 2**20  # bytes of a manifest; ten thousand ancestors have two of them
 WORTH_A_LINE = 1 << 30  # bytes: hashing less takes a second or two
 PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -108,7 +109,7 @@ def read_manifest(artefact: Place, *, kind: str | None) -> Manifest:
         what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
-        values = parse_json(read_small(contents, MANIFEST_FILE))
+        values = parse_json(read_small(contents, MANIFEST_FILE, limit=LIMIT))
         manifest = Manifest(**values)
         _check_fields(manifest)
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -124,6 +125,12 @@ def _check_fields(manifest: Manifest) -> None:
     for name, expected in types.items():
         if not isinstance(getattr(manifest, name), expected):
             raise ValueError(f"{name} must be a {expected.__name__}")
+    if isinstance(manifest.tokens, bool) or manifest.tokens < 0:
+        raise ValueError("tokens must be a count")
+    if not all(isinstance(sha, str) for sha in manifest.parents.values()):
+        raise ValueError("parents must map roles to hashes")
+    if len(manifest.files) > MEMBERS_LIMIT:
+        raise ValueError(f"files lists {len(manifest.files)}; at most {MEMBERS_LIMIT} are read")
     if not manifest.files:
         raise ValueError("files lists nothing, and every artefact holds something")
     for name, entry in manifest.files.items():

@@ -15,7 +15,7 @@ from minitron_nemo.artefacts.signature import is_there, verify
 from minitron_nemo.checkpoint.finite import is_finite
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.known import format_of, open_checkpoint
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, printable
 from minitron_nemo.progress import watched
 
 SIGNATURES = {
@@ -129,4 +129,4 @@ def in_lines(audit: Audit) -> str:
         held = f"those of {audit.hashes} files hold" if audit.hashes else "none to go by, or not looked at"
         lines.append(f"  hashes     {held}")
         lines.append(f"  values     {'all finite' if audit.finite else 'not looked at'}")
-    return "\n".join([*lines, *(f"  note       {note}" for note in audit.notes)])
+    return "\n".join(map(printable, [*lines, *(f"  note       {note}" for note in audit.notes)]))

@@ -114,7 +114,9 @@ def vocabulary_rows(reader: StackedTensors, *, prefix: str = "") -> int:
     key = prefix + EMBEDDING
     if key not in set(reader.keys()):
         raise UserError(f"{reader.folder}: no tensor {key}; only models of the kind GPT are read")
-    return reader.shape(key)[0]
+    if len(shape := reader.shape(key)) != 2:
+        raise UserError(f"{reader.folder}: tensor {key} is {shape}; a table has rows and columns")
+    return shape[0]
 
 
 class TorchDistWeights(StackedWeights):

@@ -1,5 +1,6 @@
 """A signature says who made an artefact: openssl agrees with it, and whatever is not what was signed is refused."""
 
+import json
 import shutil
 import subprocess
 from contextlib import nullcontext
@@ -320,3 +321,12 @@ def test_the_signature_of_a_model_that_was_replaced_goes_with_it(keys, sound, tm
     (tmp_path / "m.nemo.sig").write_text("of another")
     with pytest.raises(UserError, match="m.nemo.sig: the signature of what was"):
         write_nemo(path, ARCH, stream(RandomWeights(ARCH, seed=1)), packed=True, origin=Origin("f"), **options)
+
+
+def test_a_manifest_of_another_kind_vouches_for_no_checkpoint_though_no_key_is_given(foreign):
+    manifest = foreign / "manifest.json"
+    values = json.loads(manifest.read_text())
+    open_checkpoint(foreign)
+    manifest.write_text(json.dumps({**values, "kind": "data"}))
+    with pytest.raises(UserError, match="is a data artefact"):
+        open_checkpoint(foreign)

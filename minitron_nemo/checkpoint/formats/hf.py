@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from minitron_nemo.artefacts.contents import Contents, has
-from minitron_nemo.artefacts.foreign_json import read_json_object
+from minitron_nemo.artefacts.contents import SMALL_LIMIT, Contents, has
+from minitron_nemo.artefacts.foreign_json import JSON_LIMIT, read_json_object
 from minitron_nemo.artefacts.manifest import check_signed, file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
@@ -56,13 +56,13 @@ CONFIG_FILE = "config.json"
 SOURCE_CONFIG_FILE = "hf_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
 STORED_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in PRECISIONS.values()}
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+ROTARY_TABLE = "rotary_emb.inv_freq"
 GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", CARD, *LICENCE_FILES]
@@ -132,11 +132,14 @@ class HfWeights(ShapedSource):
     def _entry(self, name: str) -> Entry:
         """Dtype, shape and place of a tensor, from the header of its file."""
         file = self._files[name]
+        if name not in self._header(file):
+            raise UserError(f"{self.path / file}: no tensor {name}; {INDEX_FILE} says that it is there")
+        return self._header(file)[name]
+
+    def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:
             self._headers[file] = _read_header(self.path, file)
-        if name not in self._headers[file]:
-            raise UserError(f"{self.path / file}: no tensor {name}; {INDEX_FILE} says that it is there")
-        return self._headers[file][name]
+        return self._headers[file]
 
     def _check_tensors(self) -> torch.dtype:
         """Names, shapes and dtypes against the shape; the one dtype of all tensors."""
@@ -157,8 +160,12 @@ class HfWeights(ShapedSource):
         # Old checkpoints carry the rotary table; tied ones may carry the same table under a second name.
         tolerated = {"lm_head.weight"} if self.arch.share_embeddings_and_output_weights else set()
         for name in sorted(set(self._files) - set(expected) - tolerated):
-            if not name.endswith("rotary_emb.inv_freq"):
+            if not name.endswith(ROTARY_TABLE):
                 raise UserError(f"{self.path}: tensor {name} belongs to no parameter of the model in {CONFIG_FILE}")
+        for file in sorted(set(self._files.values())):
+            for name in sorted(set(self._header(file)) - tolerated):
+                if self._files.get(name) != file and not name.endswith(ROTARY_TABLE):
+                    raise UserError(f"{self.path / file}: holds the tensor {name}, which {INDEX_FILE} does not say")
         self._check_total_size()
         return STORED_DTYPES[dtypes.pop()]
 
@@ -228,7 +235,7 @@ def source_files(folder: str | Path) -> dict[str, Path]:
     Raises UserError, before opening it, for one that is not a regular file or far too large; for licences too, which
     are copied and decide nothing.
     """
-    limits = dict.fromkeys((CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES), SMALL_LIMIT)
+    limits = dict.fromkeys(TOKENIZER_FILES, SMALL_LIMIT) | dict.fromkeys((CONFIG_FILE, INDEX_FILE), JSON_LIMIT)
     found = {}
     for name, limit in (limits | dict.fromkeys(LICENCE_FILES, LICENCE_LIMIT)).items():
         if (path := contained_file(folder, name)) is not None:

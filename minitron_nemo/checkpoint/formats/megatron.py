@@ -40,7 +40,7 @@ NAME = "megatron"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 RUN_CONFIG_FILE = "run_config.yaml"
 ITERATION = 1  # of what is written: Megatron-LM takes none below
-LEGACY_FILE = re.compile(r"(.*/)?mp_rank_\d\d(_\d\d\d)?/(model_optim_rng|model_rng)\.pt")
+LEGACY_FILE = re.compile(r"(.*/)?mp_rank_\d\d(_\d\d\d)?/(model_optim_rng|model_rng)\.pt", re.ASCII)
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's own default
 
 # How Megatron-LM spells fields of Megatron-Core; releases differ, so a name may stand for one that is absent.
