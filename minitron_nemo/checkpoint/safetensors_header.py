@@ -41,14 +41,15 @@ def read_entries(file: BinaryIO) -> dict[str, Entry]:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(LIMIT, size - 8):
         raise ValueError(f"its header would have {length} bytes; the file has {size}, and at most {LIMIT} are read")
-    header = parse_json(os.pread(file.fileno(), length, 8))
+    text = os.pread(file.fileno(), length, 8)
+    if text.count(b"{") > TENSORS_LIMIT:  # each of them is an object
+        raise ValueError(f"it has too many tensors; at most {TENSORS_LIMIT} are read")
+    header = parse_json(text)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its __metadata__ must map texts to texts")
-    if len(header) > TENSORS_LIMIT:
-        raise ValueError(f"it has {len(header)} tensors; at most {TENSORS_LIMIT} are read")
     spans = sorted((*_span(name, entry), name) for name, entry in header.items())
     for (_, end, name), (begin, _, after) in itertools.pairwise(spans):
         if end != begin:
