@@ -3,13 +3,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 990  # characters of a message
+
+
+def printable(text: str) -> str:
+    """A text in one line: what would move the cursor, turn the direction or be no character at all is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class UserError(Exception):
     """Bad input: the message says what was given, what is allowed and how to fix it, in one line.
 
     Entry points print it as `error: ...` and exit with code 2. Anything else is a defect of ours and
-    keeps its traceback.
+    keeps its traceback. Names and values in it are somebody else's: it is one line, of a length that can be read,
+    whatever they are.
     """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-290:]}"
 
 
 class StoppedError(Exception):

@@ -6,6 +6,7 @@ it is used, and the recipes never do.
 Shapes: B samples, S tokens of each, V the vocabulary.
 """
 
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,15 +21,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, contents_of, has, read_small
+from minitron_nemo.artefacts.disk import writing
 from minitron_nemo.artefacts.lineage import ancestors
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, manifest_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file
+from minitron_nemo.artefacts.publishing import fsync
 from minitron_nemo.checkpoint.formats.known import open_checkpoint
 from minitron_nemo.checkpoint.formats.nemo import KIND, config_values, write_nemo
 from minitron_nemo.checkpoint.formats.nemo_state_dict import TOKENIZER_KEYS, shape_of_config
 from minitron_nemo.checkpoint.random_init import RandomWeights
-from minitron_nemo.checkpoint.source import stream
+from minitron_nemo.checkpoint.source import ended, stream
 from minitron_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_nemo.distributed.ranks import is_main_process
 from minitron_nemo.engine.alone import groups_alone, logical_names, logits, next_logits
@@ -126,9 +129,17 @@ class MinitronConnector(SaveRestoreConnector):
         file = Path(save_dir) / name
         if file.exists():
             raise UserError(f"{file} exists already; move it, or give another folder")
-        state = {prefix + name: tensor for name, tensor in stream(open_checkpoint(restore_path).weights)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file)
+        with ended(stream(open_checkpoint(restore_path).weights)) as tensors:
+            state = {prefix + name: tensor for name, tensor in tensors}
+        with writing(file, needed=sum(tensor.nbytes for tensor in state.values())):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temp = file.with_name(f"{name}.tmp-{secrets.token_hex(4)}")
+            try:
+                torch.save(state, temp)
+                fsync(temp)
+                temp.rename(file)
+            finally:
+                temp.unlink(missing_ok=True)
         return state
 
 

@@ -6,7 +6,7 @@ A bar on a terminal, plain log lines anywhere else.
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -224,8 +224,12 @@ def _facts(facts: dict[str, Fact]) -> str:
 
 
 def watched(items: Iterable[Item], total: int, label: str, *, unit: str) -> Iterator[Item]:
-    """The same items, each counted as done when the next is asked for."""
+    """The same items, each counted as done when the next is asked for; closed, they are closed too."""
     with progress(total, label, unit=unit) as bar:
-        for item in items:
-            yield item
-            bar.advance()
+        try:
+            for item in items:
+                yield item
+                bar.advance()
+        finally:
+            if isinstance(items, Generator):
+                items.close()

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.artefacts.signature import check_signature
 from minitron_nemo.cli import main
 from minitron_nemo.config.schema import Config, identity
 from minitron_nemo.data.tokenizer import load_tokenizer
@@ -39,6 +40,7 @@ def prepare(config: Config) -> Job:
     from minitron_nemo.checkpoint.formats.hf import arch_from_hf, resolve_source, source_files
 
     folder = resolve_source(section.source)
+    check_signature(folder)  # its files are hashed when they are opened to be imported
     arch = arch_from_hf(folder)
     check_shape(arch, config, folder=folder)
     logger.info(f"import_hf: {folder}: {arch.describe()}")

@@ -15,9 +15,11 @@ from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.stretch import OverBudgetError, Stretch, StretchFile
 from minitron_nemo.errors import UserError
 
-SMALL_LIMIT = 256 * 2**20  # bytes; the tokenizer.json of a vocabulary of a million has a tenth of it
+SMALL_LIMIT = 128 * 2**20  # bytes; the tokenizer.json of a quarter of a million words has a quarter of it
 HEADERS_LIMIT = 32 * 2**20  # bytes; a header has 512, and at most a few kB with long names
 MEMBERS_LIMIT = 20_000  # a checkpoint of a thousand ranks has a few thousand files
+FILES_LIMIT = 100_000  # of a folder, with the folders in it: one of zarr has a file for each chunk
+END_LIMIT = 2**20  # bytes of nothing at the end of a tar; archivers fill up to 10 kB, some to 512
 DEPTH_LIMIT = 8
 NAME_LIMIT = 250  # characters
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
@@ -78,23 +80,41 @@ def _is_sane(name: str) -> bool:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """The files of a folder on the disk."""
+    """The files of a folder on the disk, which lies inside of `root` where it is part of a checkpoint."""
 
     path: Path
+    root: Path | None = None
 
     def names(self) -> list[str]:
-        found = (file for file in self.path.rglob("*") if file.is_symlink() or not file.is_dir())
-        return sorted(file.relative_to(self.path).as_posix() for file in found)
+        found: list[str] = []
+        folders = [""] if self.path.is_dir() and self._holds(self.path) else []
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(self.path / folder) as entries:
+                    for entry in entries:
+                        # A link is listed and never followed.
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        (folders if is_folder else found).append(f"{folder}{entry.name}{'/' if is_folder else ''}")
+                        if len(found) + len(folders) > FILES_LIMIT:
+                            raise UserError(f"{self.path}: more than {FILES_LIMIT} files; no checkpoint has that many")
+            except OSError as error:
+                raise UserError(f"{self.path / folder}: cannot be read: {error.strerror}") from None
+        return sorted(found)
 
     def find(self, name: str) -> Stretch | None:
         file = self.path / name
-        if not _is_contained(name) or not file.parent.resolve().is_relative_to(self.path.resolve()):
+        if not _is_contained(name) or not self._holds(file.parent):
             raise UserError(f"{self.path}: the file name {name!r} leaves the folder; only names inside of it are read")
         found = contained_file(file.parent, file.name)
         return None if found is None else Stretch(found, 0, found.stat().st_size)
 
     def inside(self, folder: str) -> "FolderContents":
-        return FolderContents(self.path / folder)
+        return FolderContents(self.path / folder, self.root or self.path)
+
+    def _holds(self, folder: Path) -> bool:
+        """Whether a folder lies inside, links followed."""
+        return folder.resolve().is_relative_to((self.root or self.path).resolve())
 
 
 @dataclass(frozen=True)
@@ -167,15 +187,25 @@ def _read_headers(archive: Path, file: StretchFile) -> dict[str, Stretch]:
                 raise UserError(f"{archive}: the entry {shown} is a link, a device or sparse; only files are read")
             if name in members:
                 raise UserError(f"{archive}: the entry {shown} comes twice; nobody can say which one is meant")
+            size = member.pax_headers.get("size", "0")
+            if not (size.isascii() and size.isdigit()):  # the library takes other scripts' digits, or the older field
+                raise UserError(f"{archive}: the entry {shown} has a size that is no number")
             if member.size < 0 or member.offset_data + member.size > file.length:
                 raise UserError(f"{archive}: the entry {shown} is longer than the archive; it was cut short")
             members[name] = Stretch(archive, member.offset_data, member.size)
-        # The library takes a header that is cut short or makes no sense for the end.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise UserError(f"{archive}: no entry and no mark of its end at byte {tar.offset}; damaged or cut short")
+        _check_end(archive, file, tar.offset)
     _check_no_file_is_a_folder(archive, members)
     return members
+
+
+def _check_end(archive: Path, file: StretchFile, at: int) -> None:
+    """Refuse what is no end, which the library takes for one, and what lies behind it, which some archivers read on."""
+    file.seek(at)
+    rest = file.read(END_LIMIT + 1)
+    if rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise UserError(f"{archive}: no entry and no mark of its end at byte {at}; damaged or cut short")
+    if len(rest) > END_LIMIT or rest.strip(b"\0"):
+        raise UserError(f"{archive}: something lies behind the mark of its end at byte {at}; pack one archive alone")
 
 
 def _check_no_file_is_a_folder(archive: Path, members: dict[str, Stretch]) -> None:

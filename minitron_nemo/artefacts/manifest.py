@@ -20,9 +20,9 @@ from pathlib import Path, PurePosixPath
 from threading import Event, Lock
 from typing import Any
 
-from minitron_nemo.artefacts.contents import Place, contents_of, has, read_small
+from minitron_nemo.artefacts.contents import MEMBERS_LIMIT, Place, contents_of, has, read_small
 from minitron_nemo.artefacts.origin import Origin
-from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE
+from minitron_nemo.artefacts.signature import MANIFEST_FILE, SIGNATURE_FILE, check_signature, is_asked_for
 from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.artefacts.strict_json import parse_json
 from minitron_nemo.errors import UserError
@@ -30,6 +30,7 @@ from minitron_nemo.progress import progress
 
 BLOCK = 16 << 20  # bytes read at a time
 THREADS = 4  # that hash beside each other; a fast disk gives more than four cores hash
+LIMIT = 16 * 2**20  # bytes of a manifest; ten thousand ancestors have two of them
 WORTH_A_LINE = 1 << 30  # bytes: hashing less takes a second or two
 PACKAGES = ("minitron_nemo", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -112,7 +113,7 @@ def read_manifest(artefact: Place, *, kind: str | None) -> Manifest:
         what = f"{'an' if kind[0] in 'aeio' else 'a'} {kind} artefact" if kind else "an artefact"
         raise UserError(f"{folder} is not {what}: {reason}; give the folder that a recipe published")
     try:
-        values = parse_json(read_small(contents, MANIFEST_FILE))
+        values = parse_json(read_small(contents, MANIFEST_FILE, limit=LIMIT))
         manifest = Manifest(**values)
         _check_fields(manifest)
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -128,6 +129,12 @@ def _check_fields(manifest: Manifest) -> None:
     for name, expected in types.items():
         if not isinstance(getattr(manifest, name), expected):
             raise ValueError(f"{name} must be a {expected.__name__}")
+    if isinstance(manifest.tokens, bool) or manifest.tokens < 0:
+        raise ValueError("tokens must be a count")
+    if not all(isinstance(sha, str) for sha in manifest.parents.values()):
+        raise ValueError("parents must map roles to hashes")
+    if len(manifest.files) > MEMBERS_LIMIT:
+        raise ValueError(f"files lists {len(manifest.files)}; at most {MEMBERS_LIMIT} are read")
     if not manifest.files:
         raise ValueError("files lists nothing, and every artefact holds something")
     for name, entry in manifest.files.items():
@@ -214,6 +221,19 @@ def _hashing(advance: Callable[[int], None], *, threads: int) -> Iterator[Callab
         finally:
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_signed(artefact: Place, *, kind: str, under: str = "", leave: Container[str] = ()) -> None:
+    """Refuse what the trusted key did not sign as an artefact of this kind, and files that are not what was signed.
+
+    A signature is of the manifest alone, so the files are hashed too: those whose names begin with `under`, without
+    those to `leave`, which are hashed by who reads them. Nothing is asked where no key is trusted.
+    """
+    if is_asked_for():
+        check_signature(artefact)
+        manifest = read_manifest(artefact, kind=kind)
+        others = {name for name in manifest.files if not name.startswith(under) or name in leave}
+        verify_files(artefact, manifest, leave=others)
 
 
 def is_current(path: str | Path, fingerprint: str) -> bool:

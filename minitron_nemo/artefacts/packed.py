@@ -39,6 +39,10 @@ class PackedTar:
         _write(self._file.fileno(), content, self.reserve(name))
         self.complete(len(content))
 
+    def abandon(self) -> None:
+        """Close the file as it is; what was written is worth nothing."""
+        self._file.close()
+
     def close(self) -> None:
         """Mark the end; all of it is on the disk then."""
         # What lies between an entry and the next header, and after the last one, are zeros: the file grows over a gap.

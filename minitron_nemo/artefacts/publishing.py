@@ -19,6 +19,7 @@ from minitron_nemo.artefacts.lock import Lock
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, Manifest, file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.packed import PackedTar
+from minitron_nemo.artefacts.signature import beside
 from minitron_nemo.errors import UserError
 
 
@@ -95,6 +96,8 @@ class Draft:
 
     def discard(self) -> None:
         """Remove what was made so far."""
+        if self.tar is not None:
+            self.tar.abandon()
         shutil.rmtree(self._temp, ignore_errors=True)
         self.lock.release()
 
@@ -117,10 +120,11 @@ def begin(
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(target)
         try:
+            _clear_up(target)
             check_target(target, overwrite=origin.overwrite)
-            for left in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
-                shutil.rmtree(left)  # what a killed run of the same step left behind: none that lives has the lock
-            temp = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+            if packed and not origin.overwrite and os.path.lexists(beside(target)):
+                raise UserError(f"{beside(target)}: the signature of what was {target} before; move it away")
+            temp = _named(target, "tmp")
             temp.mkdir()
             folder, tar = temp, None
             if packed:
@@ -173,15 +177,51 @@ def _list_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, 
     return files
 
 
+def _named(target: Path, what: str) -> Path:
+    """A new name beside the target, which `_clear_up` knows again."""
+    return target.with_name(f"{target.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _clear_up(target: Path) -> None:
+    """Take away what killed runs of the same step left behind: none that lives has the lock.
+
+    What was there before goes back when they came no further than to move it aside.
+    """
+    name, hexadecimal = glob.escape(target.name), "[0-9a-f]" * 8
+    for left in target.parent.glob(f"{name}.tmp-{hexadecimal}"):
+        shutil.rmtree(left)
+    for left in sorted(target.parent.glob(f"{name}.old-{hexadecimal}"), key=lambda path: -path.lstat().st_ctime_ns):
+        if os.path.lexists(target):
+            _remove(left)
+        else:
+            left.rename(target)
+
+
 def _move_into_place(temp: Path, target: Path) -> None:
+    """One rename; a folder that is in the place is moved aside before, and back when the rename fails.
+
+    The signature of a packed artefact that was there is not one of the new artefact: it goes with the old one.
+    """
+    is_packed = temp.is_file() or target.is_file()
     aside = None
-    if target.exists():
-        aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
+    if target.is_dir() or target.exists() and temp.is_dir():
+        aside = _named(target, "old")
         target.rename(aside)
-    temp.rename(target)
+    try:
+        temp.replace(target)
+    except BaseException:
+        if aside is not None:
+            aside.rename(target)
+        raise
+    if is_packed and not beside(target).is_dir():
+        beside(target).unlink(missing_ok=True)
     fsync(target.parent)
     if aside is not None:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -35,6 +35,17 @@ def trusting(key: str | None) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def is_asked_for() -> bool:
+    """Whether a key is trusted, so that only what it signed may be opened."""
+    return _trusted.get() is not None
+
+
+def is_there(artefact: Place) -> bool:
+    """Whether an artefact has a signature, by whatever key."""
+    place = _place(contents_of(artefact))
+    return has(contents_of(place.parent), place.name)
+
+
 def check_signature(artefact: Place) -> None:
     """Refuse an artefact without a signature by the trusted key, when one is trusted."""
     if (key := _trusted.get()) is not None:
@@ -107,9 +118,14 @@ def _manifest(contents: Contents) -> bytes:
     return read_small(contents, MANIFEST_FILE)
 
 
+def beside(archive: Path) -> Path:
+    """Where the signature of a packed artefact is."""
+    return archive.with_name(f"{archive.name}.sig")
+
+
 def _place(contents: Contents) -> Path:
     if isinstance(contents, TarContents):
-        return contents.archive.with_name(f"{contents.archive.name}.sig")
+        return beside(contents.archive)
     return contents.path / SIGNATURE_FILE
 
 

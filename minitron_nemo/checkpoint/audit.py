@@ -11,11 +11,18 @@ from typing import Any
 from minitron_nemo.artefacts.contents import Place, contents_of, has
 from minitron_nemo.artefacts.disk import in_bytes
 from minitron_nemo.artefacts.manifest import MANIFEST_FILE, read_manifest, verify_files
+from minitron_nemo.artefacts.signature import is_there, verify
 from minitron_nemo.checkpoint.finite import is_finite
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.checkpoint.formats.known import format_of, open_checkpoint
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, printable
 from minitron_nemo.progress import watched
+
+SIGNATURES = {
+    "none": "none",
+    "not verified": "there, not verified",
+    "verified": "verified: the key that was given signed the hashes",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Audit:
     """What is known of a checkpoint; `fault` is why it is not sound, None when it is. Facts that were not reached lack.
 
     `hashes` are the files whose SHA-256 hold, None where nobody wrote any down; `finite` is None when values were not
-    looked at.
+    looked at. `signature` is `verified`, by the key that was given, `not verified`, or `none` where there is none.
     """
 
     path: str
@@ -35,6 +42,7 @@ class Audit:
     bytes: int | None = None
     tensors: int | None = None
     tied: bool | None = None
+    signature: str = "none"
     hashes: int | None = None
     finite: bool | None = None
     tokenizer: bool | None = None
@@ -48,18 +56,23 @@ class Audit:
         return {"sound": self.is_sound, **dataclasses.asdict(self)}
 
 
-def audit(place: Place, *, hashes: bool = True, values: bool = False) -> Audit:
+def audit(place: Place, *, hashes: bool = True, values: bool = False, key: str | Path | None = None) -> Audit:
     """Look at everything that can be wrong with a checkpoint; with `values` at every weight, which reads them all.
 
-    Without `hashes` files are told by their sizes alone. Never raises for what lies there.
+    Without `hashes` files are told by their sizes alone. With the public `key` only what it signed is sound, and hashes
+    are looked at all the same, as a signature is of those. Never raises for what lies there.
     """
     found = Audit(str(place if isinstance(place, str | Path) else place.path))
     try:
         contents = contents_of(place)
         found = dataclasses.replace(found, format=format_of(contents).name)
+        found = dataclasses.replace(found, signature="not verified" if is_there(contents) else "none")
+        if key is not None:
+            verify(contents, key)
+            found = dataclasses.replace(found, signature="verified")
         checkpoint = open_checkpoint(contents, hashes=False)
         found = _facts(found, checkpoint)
-        if hashes and has(contents, MANIFEST_FILE):
+        if (hashes or key is not None) and has(contents, MANIFEST_FILE):
             manifest = read_manifest(contents, kind=None)
             verify_files(contents, manifest)
             found = dataclasses.replace(found, hashes=len(manifest.files))
@@ -110,8 +123,10 @@ def in_lines(audit: Audit) -> str:
             f"  tensors    {audit.tensors}, all there and each covered exactly once; the output head is {head}",
             f"  tokenizer  {'there' if audit.tokenizer else 'none'}",
         ]
+    if audit.format is not None:
+        lines.append(f"  signature  {SIGNATURES[audit.signature]}")
     if audit.is_sound:
         held = f"those of {audit.hashes} files hold" if audit.hashes else "none to go by, or not looked at"
         lines.append(f"  hashes     {held}")
         lines.append(f"  values     {'all finite' if audit.finite else 'not looked at'}")
-    return "\n".join([*lines, *(f"  note       {note}" for note in audit.notes)])
+    return "\n".join(map(printable, [*lines, *(f"  note       {note}" for note in audit.notes)]))

@@ -53,13 +53,21 @@ class _Sha256:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        self._last: Future[None] | None = None
 
     def add(self, data: memoryview) -> "Future[None]":
         """Begin with `data`, which must stay as it is until the result is there."""
-        return self._thread.submit(self._digest.update, data)
+        self._last = self._thread.submit(self._digest.update, data)
+        return self._last
 
     def hexdigest(self) -> str:
-        return self._thread.submit(self._digest.hexdigest).result()
+        if self._last is not None:
+            self._last.result()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread; nothing can be added any more."""
+        self._thread.shutdown()
 
 
 class HashingFile:
@@ -90,10 +98,13 @@ class HashingFile:
         """For `torch.save`, which asks for it; nothing waits."""
 
     def close(self, *, sync: bool = False) -> None:
-        """Close the file, with `sync` when all of it is on the disk."""
-        if sync and not self._file.closed:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        """Close the file, with `sync` when all of it is on the disk; its hash can still be asked for."""
+        try:
+            if sync and not self._file.closed:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            self._sha256.close()
 
     @property
     def sha256(self) -> str:

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from minitron_nemo.artefacts.strict_json import parse_json
 
-LIMIT = 100 * 10**6  # bytes: that of the safetensors library
+LIMIT = 8 * 2**20  # bytes; the library reads 100 MB, and a thousand layers need two of them
+TENSORS_LIMIT = 100_000
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32,
@@ -40,10 +41,15 @@ def read_entries(file: BinaryIO) -> dict[str, Entry]:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(LIMIT, size - 8):
         raise ValueError(f"its header would have {length} bytes; the file has {size}, and at most {LIMIT} are read")
-    header = parse_json(os.pread(file.fileno(), length, 8))
+    text = os.pread(file.fileno(), length, 8)
+    if text.count(b"{") > TENSORS_LIMIT:  # each of them is an object
+        raise ValueError(f"it has too many tensors; at most {TENSORS_LIMIT} are read")
+    header = parse_json(text)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ must map texts to texts")
     spans = sorted((*_span(name, entry), name) for name, entry in header.items())
     for (_, end, name), (begin, _, after) in itertools.pairwise(spans):
         if end != begin:

@@ -5,8 +5,9 @@ sources. Writers take a stream of `(name, tensor)`, which `stream` makes of a so
 of `shape.tensors.logical_tensors`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -65,7 +66,7 @@ def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
 
     The next one is read by another thread while the writer has this one: two tensors in memory, and two cores at work,
     as reading, cutting, hashing and writing all run outside Python's lock. The stream ends well only when the source is
-    what its maker wrote: who publishes runs it to its end first.
+    what its maker wrote: who publishes runs it to its end first, and ends it by `ended` when that fails.
     """
     try:
         yield from _read_ahead(source)
@@ -73,6 +74,21 @@ def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
         source.verify()  # that a file is damaged says more than what it was refused for
         raise
     source.verify()
+
+
+@contextmanager
+def ended(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """A stream that is over when the block is, in whatever way that ends.
+
+    A writer that fails leaves its stream where it is; the exception holds both, and with them a thread and the memory
+    of two tensors, for as long as somebody holds the exception.
+    """
+    try:
+        yield iter(tensors)
+    finally:
+        close = getattr(tensors, "close", None)  # of a generator; a list has none
+        if close is not None:
+            close()
 
 
 def _read_ahead(source: TensorSource) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from minitron_nemo.artefacts.contents import Place
 from minitron_nemo.artefacts.publishing import Draft
 from minitron_nemo.checkpoint.geometry import Box, whole
 from minitron_nemo.checkpoint.hashed_files import HashingFile
-from minitron_nemo.checkpoint.source import ShapedSource
+from minitron_nemo.checkpoint.source import ShapedSource, ended
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, weights_file, write_metadata
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
@@ -115,7 +115,9 @@ def vocabulary_rows(reader: StackedTensors, *, prefix: str = "") -> int:
     key = prefix + EMBEDDING
     if key not in set(reader.keys()):
         raise UserError(f"{reader.folder}: no tensor {key}; only models of the kind GPT are read")
-    return reader.shape(key)[0]
+    if len(shape := reader.shape(key)) != 2:
+        raise UserError(f"{reader.folder}: tensor {key} is {shape}; a table has rows and columns")
+    return shape[0]
 
 
 class TorchDistWeights(StackedWeights):
@@ -149,7 +151,8 @@ def extra_states(arch: ModelArch) -> list[str]:
 
 
 def write_stream(
-    folder: Path,
+    draft: Draft,
+    inside: str,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     arch: ModelArch,
@@ -158,23 +161,27 @@ def write_stream(
     prefix: str = "",
     common: Mapping[str, Any] | None = None,
     common_is_object: bool = False,
-    file: HashingFile | None = None,
-) -> dict[str, str]:
-    """Write every logical tensor of a model, stored as `dtype`, as a whole torch_dist folder.
+) -> None:
+    """Write every logical tensor of a model, stored as `dtype`, as the torch_dist folder `inside` of a draft.
 
     Each of the ranks of `layout` (one without it) has a file with the boxes that it would hold, so that it reads its
-    own; the vocabulary is not padded. `prefix` stands before each key; `common` is the common state. `file` is where
-    the only rank writes when not into the folder.
+    own; the vocabulary is not padded. Where the artefact is one file, the only rank's goes into it as it comes.
+    `prefix` stands before each key; `common` is the common state.
 
-    Returns the SHA-256 of the files of weights by name. Raises AssertionError for a tensor of another shape than the
+    The draft gets the SHA-256 of the files of weights. Raises AssertionError for a tensor of another shape than the
     model's, and when some are missing at the end.
     """
-    missing, layout = logical_tensors(arch), layout or Layout()
-    assert file is None or layout.model_ranks == 1, "one file takes what one rank writes"
+    missing, layout, folder = logical_tensors(arch), layout or Layout(), draft.folder / inside
+    folder.mkdir(exist_ok=True)
     holders = _Holders(arch, layout)
     writers: dict[int, TorchDistWriter] = {}
     with ExitStack() as stack:
-        for name, tensor in tensors:
+        file = None
+        if draft.tar is not None:
+            assert layout.model_ranks == 1, "one file takes what one rank writes"
+            file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{inside}/{weights_file(0)}"))
+            stack.callback(file.close)
+        for name, tensor in stack.enter_context(ended(tensors)):
             logical = missing.pop(name)
             shape = logical.shape(arch)
             assert tuple(tensor.shape) == shape, f"{name}: got {tuple(tensor.shape)}, expected {shape}"
@@ -188,46 +195,11 @@ def write_stream(
                 writers[rank].write(prefix + logical.row.key, chunk, global_shape=global_shape, offset=place.offset)
         assert not missing, f"{next(iter(missing))} and {len(missing) - 1} more tensors did not come"
         records = [record for writer in writers.values() for record in writer.close()]
-    nothings = [prefix + name for name in extra_states(arch)]
-    write_metadata(folder, records, nothings=nothings, common=common, common_is_object=common_is_object)
-    return {writer.name: writer.sha256 for writer in writers.values()}
-
-
-def publish_weights(
-    draft: Draft,
-    inside: str,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    arch: ModelArch,
-    dtype: torch.dtype,
-    layout: Layout | None = None,
-    prefix: str = "",
-    common: Mapping[str, Any] | None = None,
-    common_is_object: bool = False,
-) -> None:
-    """Write the stream of a model as the folder `inside` of an artefact in the making, its hashes for the manifest.
-
-    Where the artefact is one file, what rank 0 writes goes into it as it comes. Else as `write_stream`.
-    """
-    folder = draft.folder / inside
-    folder.mkdir(exist_ok=True)
-    file = None
-    if draft.tar is not None:
-        file = HashingFile(draft.tar.path, start=draft.tar.reserve(f"{inside}/{weights_file(0)}"))
-    hashes = write_stream(
-        folder,
-        tensors,
-        arch=arch,
-        dtype=dtype,
-        layout=layout,
-        prefix=prefix,
-        common=common,
-        common_is_object=common_is_object,
-        file=file,
-    )
-    draft.hashes.update({f"{inside}/{name}": sha for name, sha in hashes.items()})
     if draft.tar is not None and file is not None:
         draft.tar.complete(file.position)
+    nothings = [prefix + name for name in extra_states(arch)]
+    write_metadata(folder, records, nothings=nothings, common=common, common_is_object=common_is_object)
+    draft.hashes.update({f"{inside}/{writer.name}": writer.sha256 for writer in writers.values()})
 
 
 class _Holders:

@@ -410,7 +410,10 @@ class Config:
         "replace an output that another configuration made; what is up to date is still skipped",
         how_it_runs=True,
     )
-    verify_key: str | None = path("PEM file of a public key: a model without a signature by it is refused; null: none")
+    verify_key: str | None = path(
+        "PEM file of a public key: a checkpoint of any format that it did not sign, or that is not what was signed, is "
+        "refused; null: none"
+    )
     model: ModelConfig | None = setting(
         None, "shape of the teacher, see below; null: only checkpoints on disk have shapes"
     )

@@ -13,11 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has
 from minitron_nemo.artefacts.foreign_json import read_json_in
+from minitron_nemo.artefacts.manifest import check_signed
 from minitron_nemo.data.tokenizer_limits import check_limits
 from minitron_nemo.errors import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
+INSIDE = "tokenizer"  # the folder of a .nemo model
 MAX_VOCAB = 2**31 - 1  # what Megatron's largest dtype for tokens can hold
 
 
@@ -89,10 +91,12 @@ class Tokenizer:
 def load_tokenizer(place: Place) -> Tokenizer:
     """The tokenizer of a folder with a tokenizer.json, or of a .nemo model, which has it under tokenizer/.
 
-    Raises UserError for a missing or unreadable tokenizer.json and when no end-of-document token is known.
+    Raises UserError for a missing or unreadable tokenizer.json, when no end-of-document token is known, and for that of
+    a model which a trusted key did not sign.
     """
     files = contents_of(place)
-    if not has(files, "tokenizer.json") and (inner := files.inside("tokenizer")).names():
+    if not has(files, "tokenizer.json") and (inner := files.inside(INSIDE)).names():
+        check_signed(files, kind="model", under=f"{INSIDE}/")
         files = inner
     folder, path = files.path, files.path / "tokenizer.json"
     if not has(files, "tokenizer.json"):

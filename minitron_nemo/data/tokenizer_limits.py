@@ -17,6 +17,7 @@ from minitron_nemo.errors import UserError, shown
 
 WORDS_LIMIT = 2**20  # four times Gemma's
 ADDED_LIMIT = 2**20  # characters of all added tokens
+ADDED_COUNT_LIMIT = 2**15  # of them: five times Gemma's; each takes the library as long as a hundred other words
 PARTS_LIMIT = 2**20  # bytes of JSON of normalizer, pre-tokenizer, post-processor and decoder
 SETTING_LIMIT = 1000  # of a number or the length of a text among the settings of a model
 COUNT_LIMIT = 64  # of parts in sequence
@@ -48,6 +49,8 @@ def check_limits(path: Path, content: dict[str, Any]) -> None:
     if isinstance(model, dict):
         if (count := _length(model.get("vocab"))) > WORDS_LIMIT:
             raise UserError(f"{path}: a vocabulary of {count} words; at most {WORDS_LIMIT} are read")
+        if (dropout := model.get("dropout")) not in (None, 0):
+            raise UserError(f"{path}: model.dropout={shown(dropout)}: the ids of a text would be drawn; set it to null")
         settings = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
         for name, value in settings.items():
             size = value if name == "max_input_chars_per_word" and type(value) is int else _length(value)
@@ -56,6 +59,8 @@ def check_limits(path: Path, content: dict[str, Any]) -> None:
     if (size := len(json.dumps([parts, content.get("post_processor")]))) > PARTS_LIMIT:
         raise UserError(f"{path}: normalizer, pre-tokenizer and the like have {size} bytes; at most {PARTS_LIMIT}")
     tokens = added if isinstance(added, list) else []
+    if len(tokens) > ADDED_COUNT_LIMIT:
+        raise UserError(f"{path}: {len(tokens)} added tokens; at most {ADDED_COUNT_LIMIT} are read")
     if sum(_length(token.get("content")) for token in tokens if isinstance(token, dict)) > ADDED_LIMIT:
         raise UserError(f"{path}: its added tokens have more than {ADDED_LIMIT} characters")
     if len(found := [part for name in TRIED for part in _flat(parts[name])]) > COUNT_LIMIT:

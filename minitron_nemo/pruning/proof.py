@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_nemo.checkpoint.source import TensorSource
+from minitron_nemo.checkpoint.source import TensorSource, ended
 from minitron_nemo.errors import UserError
 from minitron_nemo.pruning.masked import MaskedModel
 from minitron_nemo.pruning.plain_forward import PlainModel, runs_of_words
@@ -264,9 +264,10 @@ class Digests:
 
     def noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same stream, each tensor noted as it goes by; it must come in the dtype that it is stored in."""
-        for name, tensor in tensors:
-            self.sha256[name] = _sha256(tensor)
-            yield name, tensor
+        with ended(tensors) as stream:
+            for name, tensor in stream:
+                self.sha256[name] = _sha256(tensor)
+                yield name, tensor
 
     def check(self, written: TensorSource) -> None:
         """Raises ProofError, naming the first tensor that is not what it was."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minitron_nemo.artefacts.disk import writing
+from minitron_nemo.artefacts.signature import trusting
 from minitron_nemo.config.rules import check_ranks
 from minitron_nemo.config.schema import Config
 from minitron_nemo.config.teacher import TeacherParallelConfig
@@ -74,7 +75,13 @@ class RankRecipe(Recipe):
 def _on_rank(rank: Rank, run: "Callable[[Config, Job, Groups], None]", config: Config, job: Job) -> None:
     """Check the world that this rank finds itself in, form the groups of the layout and run the step; keeps its log."""
     set_up_logging(is_main=rank.rank == 0)
-    with logging_to_file(log_file(config, job, rank), is_main=rank.rank == 0), writing(job.output):
+    is_main = rank.rank == 0
+    # A rank that this node started is another process, which knows nothing of what its parent trusts.
+    with (
+        trusting(config.verify_key),
+        logging_to_file(log_file(config, job, rank), is_main=is_main),
+        writing(job.output),
+    ):
         _run(rank, run, config, job)
 
 

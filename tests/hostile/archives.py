@@ -123,7 +123,9 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nobody lists": (adding(entry("evil")), "not listed"),
     "is renamed by pax": (adding(pax(("path", "../evil")), entry("good")), LEAVES),
     "is linked by pax": (adding(pax(("linkpath", "/etc/passwd")), entry("evil", tarfile.SYMTYPE)), PLAIN),
-    "has its size from pax": (adding(pax(("size", "-512")), entry("evil")), "longer than|readable|twice|no entry"),
+    "has its size from pax": (adding(pax(("size", "-512")), entry("evil")), "is no number"),
+    "has its size from pax in another script": (adding(pax(("size", "\u0661")), entry("evil")), "is no number"),
+    "has its size from pax as 1e3": (adding(pax(("size", "1e3")), entry("evil")), "is no number"),
     "has 2^62 bytes": (adding(header(size=HUGE)), "longer than"),
     "has -1 bytes": (adding(header(size=NEGATIVE)), "longer than|twice|readable|no entry"),
     "is a folder of -512 bytes": (
@@ -138,8 +140,19 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "has a pax name of megabytes": (adding(pax(("path", "a/" * 2**20)), entry("evil")), LEAVES),
     "has a checksum that does not hold": (adding(b"x" * BLOCK), "no entry and no mark"),
     "is one of 21,000": (adding(*(entry(f"f{number}", content=b"") for number in range(21_000))), "entries"),
+    "hides behind 3,000 headers": (adding(*[pax(("comment", "x"))] * 3000, entry("evil")), "readable"),
+    "is a name for nothing": (adding(long_name(200)), "readable"),
     "has headers without end": (adding(*[pax(("comment", "x" * 2**20))] * 40, entry("evil")), "headers have"),
 }  # fmt: skip
+BEHIND = "behind the mark of its end"
+
+
+def _marked(data: bytes) -> bytes:
+    """An archive that ends with one block of zeros where two belong."""
+    entries = data.rstrip(b"\0")
+    return entries + bytes(-len(entries) % BLOCK + BLOCK)
+
+
 WHOLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "is packed with gzip": (recoded(gzip.compress), "compressed with gzip"),
     "unfolds from gzip": (recoded(lambda data: gzip.compress(data + bytes(10**8))), "compressed with gzip"),
@@ -151,6 +164,11 @@ WHOLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "is cut short": (recoded(lambda data: data[: len(data) // 2]), "cut short"),
     "is cut short in a header": (recoded(lambda data: data[:700]), "cut short"),
     "has no end": (recoded(lambda data: data.rstrip(b"\0")), "end of data|cut short"),
+    "goes on behind its end": (recoded(lambda data: data + entry("evil")), BEHIND),
+    "goes on behind half a mark of its end": (recoded(lambda data: _marked(data) + entry("evil")), BEHIND),
+    "is two archives": (recoded(lambda data: data + data), BEHIND),
+    "has a text behind its end": (recoded(lambda data: data + b"hello"), BEHIND),
+    "has megabytes of nothing behind its end": (recoded(lambda data: data + bytes(2**21)), BEHIND),
     "is one long line": (recoded(lambda data: b"a" * 10**6), "readable tar"),
 }
 

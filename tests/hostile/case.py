@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import foreign_layouts
 import torch
 
 from minitron_nemo.artefacts.contents import contents_of
@@ -14,6 +15,7 @@ from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.stretch import Stretch
 from minitron_nemo.checkpoint.common_state import common_state
 from minitron_nemo.checkpoint.formats.hf import arch_from_hf, export_hf, open_hf, source_files
+from minitron_nemo.checkpoint.formats.known import open_checkpoint
 from minitron_nemo.checkpoint.formats.nemo import open_nemo, write_nemo
 from minitron_nemo.checkpoint.random_init import RandomWeights
 from minitron_nemo.checkpoint.source import stream
@@ -52,7 +54,10 @@ def write_sound(folder: Path, save_tokenizer: Callable[[Path], object]) -> dict[
     (folder / "ranks").mkdir()
     torch.save({"weight": torch.ones(3)}, folder / "ranks" / "model_weights.ckpt")
     torch.save({"iteration": 3}, folder / "ranks" / "common.pt")
-    names = ("nemo.nemo", "tar.nemo", "hf", "plan.json", "ranks", "ranks", "ranks")
+    foreign_layouts.nemo1_ranks(folder / "nemo1", RandomWeights(ARCH, seed=1), tp=2)
+    foreign_layouts.megatron_run(folder / "megatron", RandomWeights(ARCH, seed=1))
+    foreign_layouts.nemo2(folder / "nemo2", RandomWeights(ARCH, seed=1))
+    names = ("nemo.nemo", "tar.nemo", "hf", "plan.json", "ranks", "ranks", "ranks", "nemo1", "megatron", "nemo2")
     return dict(zip(OPENERS, (folder / name for name in names), strict=True))
 
 
@@ -89,6 +94,12 @@ def open_zarr(folder: Path) -> None:
         arrays.read(key)
 
 
+def open_any(path: Path) -> None:
+    """As `convert` opens a checkpoint of any format."""
+    for _ in stream(open_checkpoint(path).weights):
+        pass
+
+
 OPENERS: dict[str, Callable[[Path], object]] = {
     "nemo": open_model,
     "tar": open_model,
@@ -97,6 +108,9 @@ OPENERS: dict[str, Callable[[Path], object]] = {
     "rank file": open_rank_file,
     "common state": lambda folder: common_state(contents_of(folder), {}),
     "zarr": open_zarr,
+    "nemo1": open_any,
+    "megatron": open_any,
+    "nemo2": open_any,
 }
 
 

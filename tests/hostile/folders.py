@@ -66,6 +66,7 @@ def _twice(text: bytes, body: bytes) -> bytes:
     return _framed(text[:-1] + b"," + text[1:], body)
 
 
+NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SAFETENSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "is empty": (lambda f: shard(f).write_bytes(b""), "not a readable safetensors"),
     "is a pickle": (lambda f: shard(f).write_bytes(pickle.dumps(Canary(Path(CANARY)))), "not a readable safetensors"),
@@ -90,6 +91,19 @@ SAFETENSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "has three offsets": (edited(lambda h, e: e["data_offsets"].append(9)), "no whole numbers"),
     "has fractions for offsets": (edited(lambda h, e: e.update(data_offsets=[0.0, 64.0])), "no whole numbers"),
     "has tensors on top of each other": (edited(lambda h, e: h.update(other=dict(e))), "overlap or leave a gap"),
+    "leaves a hole": (raw(lambda text, body: _framed(_shifted(text, after=1), body + b"1234")), "leave a gap"),
+    "has a dtype of half bytes": (edited(lambda h, e: e.update(dtype="F4")), "dtype"),
+    "has metadata that is a tensor": (edited(lambda h, e: h.update(__metadata__=dict(e))), "texts to texts"),
+    "has metadata that is a list": (edited(lambda h, e: h.update(__metadata__=[1])), "texts to texts"),
+    "has a tensor that no index says": (edited(lambda h, e: h.update(evil=NOTHING)), "index.json does not say"),
+    "has a tensor of nothing with 2^40 rows": (
+        edited(lambda h, e: h.update(evil={**NOTHING, "shape": [2**40, 0]})), "index.json does not say",
+    ),
+    "has 120,000 tensors of nothing": (
+        edited(lambda h, e: h.update({f"{i}": NOTHING for i in range(120_000)})), "at most 100000",
+    ),
+    "has a header of 17 MB": (raw(lambda text, body: _framed(text + b" " * 17 * 10**6, body)), "header would have"),
+    "has another dtype than the other files": (lambda f: _as_half(shard(f)), "wholly as one of"),
     "has another field": (edited(lambda h, e: e.update(_target_="os.system")), "and nothing else"),
     "has an entry that is a list": (edited(lambda h, e: h.update(other=[1])), "and nothing else"),
     "has a tensor nobody asks for": (edited(lambda h, e: h.update(evil=h.pop(_first(h)))), "no tensor"),
@@ -106,9 +120,24 @@ def _first(header: dict[str, Any]) -> str:
     return next(name for name in header if name != "__metadata__")
 
 
-def _shifted(text: bytes) -> bytes:
-    header = json.loads(text)
+def _as_half(path: Path) -> None:
+    """The file as one of float16: the first half of every tensor's bytes."""
+    header, body = header_of(path)
+    place, kept = 0, b""
     for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            size = (end - begin) // 2
+            kept += body[begin : begin + size]
+            entry.update(dtype="F16", data_offsets=[place, place + size])
+            place += size
+    write(path, header, kept)
+
+
+def _shifted(text: bytes, *, after: int = 0) -> bytes:
+    """The header with all but the first `after` tensors four bytes later."""
+    header = json.loads(text)
+    for name, entry in [item for item in header.items() if item[0] != "__metadata__"][after:]:
         if name != "__metadata__":
             entry["data_offsets"] = [offset + 4 for offset in entry["data_offsets"]]
     return json.dumps(header).encode()
@@ -128,6 +157,12 @@ def _all_in(name: Any) -> Callable[[Path], None]:
     return _index(lambda index: index.update(weight_map=dict.fromkeys(index["weight_map"], name)))
 
 
+def _moved(files: dict[str, str]) -> None:
+    """The first tensor is said to be in a file that it is not in."""
+    first = next(iter(files))
+    files[first] = next(file for file in files.values() if file != files[first])
+
+
 ONLY = "only \\*.safetensors beside it"
 INDICES: dict[str, tuple[Callable[[Path], object], str]] = {
     "names a file above": (_all_in("../outside.safetensors"), ONLY),
@@ -145,6 +180,8 @@ INDICES: dict[str, tuple[Callable[[Path], object], str]] = {
     "has a list for a map": (_index(lambda index: index.update(weight_map=[1])), "must map"),
     "has another total": (_index(lambda index: index["metadata"].update(total_size=2**60)), "total_size"),
     "has a text for a total": (_index(lambda index: index["metadata"].update(total_size="many")), "total_size"),
+    "has a tensor in another file": (_index(lambda index: _moved(index["weight_map"])), "no tensor"),
+    "has a true total": (_index(lambda index: index["metadata"].update(total_size=True)), "total_size"),
     "has a million tensors": (
         _index(lambda index: index["weight_map"].update({f"x{i}": "a.safetensors" for i in range(200_000)})),
         "no such file|belongs to no",
@@ -160,6 +197,11 @@ def _only_pickles(folder: Path) -> None:
 
 def _tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return edit_json("tokenizer.json", change)
+
+
+def _added(ident: Any) -> Callable[[Path], None]:
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    return _tokenizer(lambda t: t["added_tokens"].append({"id": ident, "content": "<x>", **flags}))
 
 
 def _split(pattern: str) -> Callable[[Path], None]:
@@ -212,6 +254,19 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str | None]] = {
         _tokenizer(lambda t: t["added_tokens"].extend({"id": i, "content": "x" * 2**18} for i in range(8))),
         "added tokens have more",
     ),
+    "50,000 added tokens": (
+        _tokenizer(lambda t: t["added_tokens"].extend({"id": 131 + i, "content": f"{i}"} for i in range(50_000))),
+        "added tokens; at most",
+    ),
+    "50,000 added tokens of one id": (
+        _tokenizer(lambda t: t["added_tokens"].extend({"id": 131, "content": f"{i}"} for i in range(50_000))),
+        "added tokens; at most",
+    ),
+    "an added token of the id -1": (_added(-1), "cannot open"),
+    "an added token of the id 2^32": (_added(2**32), "cannot open"),
+    "an added token of a true id": (_added(True), "cannot open"),
+    "ids that are drawn": (_tokenizer(lambda t: t["model"].update(dropout=0.5)), "would be drawn"),
+    "200 MB of nothing": (lambda f: os.truncate(f / "tokenizer.json", 2 * 10**8), "no such file needs more"),
     "a list for a file": (lambda f: (f / "tokenizer.json").write_text("[]"), "expected a JSON object"),
     "a pickle for a file": (
         lambda f: (f / "tokenizer.json").write_bytes(pickle.dumps(Canary(f.parent / CANARY))), "not JSON",

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from foreign_layouts import rank_state
 from hostile.case import CANARY, Case
 from hostile.pickles import Canary, tower_as_key
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 
 def packed(description: bytes, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -76,6 +78,75 @@ ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def _linked_out(name: str) -> Callable[[Path], None]:
+    """A folder of the checkpoint becomes a link to the same one outside."""
+
+    def poison(folder: Path) -> None:
+        place, outside = next(folder.glob(name)), folder.with_name("outside")
+        place.rename(outside)
+        place.symlink_to(outside)
+
+    return poison
+
+
+def _latest(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def _flat_table(folder: Path) -> None:
+    """The table of words has no dimension, in the metadata of a run."""
+    file = next(folder.glob("iter_*")) / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    name = next(name for name in metadata.state_dict_metadata if name.endswith("word_embeddings.weight"))
+    for index, info in list(metadata.storage_data.items()):
+        if index.fqn == name:
+            del metadata.storage_data[index]
+            metadata.storage_data[MetadataIndex(name, torch.Size(()))] = info
+    table = metadata.state_dict_metadata[name]
+    table.size, table.chunks = torch.Size(()), [ChunkStorageMetadata(torch.Size(()), torch.Size(()))]
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def _in_ranks(name: str, value: torch.Tensor, *, instead: bool = False, ranks: int = 2) -> Callable[[Path], None]:
+    """A tensor of another name in the files of the first ranks, or `instead` of those whose names end so."""
+
+    def poison(folder: Path) -> None:
+        for file in sorted(folder.rglob("model_weights.ckpt"))[:ranks]:
+            state = rank_state(file)
+            places = [other for other in state if other.endswith(name)] if instead else [name]
+            assert places
+            torch.save({**state, **dict.fromkeys(places, value)}, file)
+
+    return poison
+
+
+ONE, TABLE = torch.zeros(1), "word_embeddings.weight"
+RANKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a table without dimensions": (_in_ranks(TABLE, torch.zeros(()), instead=True), "rows and columns"),
+    "a table of one dimension": (_in_ranks(TABLE, torch.zeros(131), instead=True), "rows and columns"),
+    "tables of other sizes": (_in_ranks(TABLE, torch.zeros(3, 16), instead=True, ranks=1), "tensor-parallel ranks say"),
+    "a name with a line break": (_in_ranks("a\nb", ONE), "no name of a tensor"),
+    "a name that moves the cursor": (_in_ranks("a\x1b[2Jb", ONE), "no name of a tensor"),
+    "no name": (_in_ranks("", ONE), "no name of a tensor"),
+    "a chunk of 5,000 digits": (_in_ranks(f"model_{'9' * 5000}.x", ONE), "belongs to no part"),
+    "a chunk far behind": (_in_ranks("model_9999.x", ONE), "one is missing"),
+    "a layer of 5,000 digits": (_in_ranks(f"model.decoder.layers.{'9' * 5000}.x", ONE), "belongs to no part"),
+    "a layer in another script": (_in_ranks("model.decoder.layers.\u0662.x", ONE), "belongs to no part"),
+    "a rank in another script": (
+        lambda f: (f / "mp_rank_01").rename(f / "mp_rank_\u0660\u0661"),
+        "ranks? say|missing|is ",
+    ),
+}
+RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "digits of another script": (_latest("\u0661"), "number of an iteration"),
+    "a number with a line in it": (_latest("1_200"), "number of an iteration"),
+    "two numbers": (_latest("1200\n1300"), "number of an iteration"),
+    "a folder above": (_latest("../1200"), "number of an iteration"),
+    "an iteration that lies elsewhere": (_linked_out("iter_*"), "there is no iter_"),
+    "a table without dimensions": (_flat_table, "rows and columns|is \\(\\)|too few"),
+}
+
+
 def _put(name: str, content: Callable[[Path], bytes]) -> Callable[[Path], None]:
     def poison(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,5 +170,11 @@ def cases() -> Iterator[Case]:
             f"file of a rank that {name}", "rank file", _put("model_weights.ckpt", content), "not a readable file"
         )
         yield Case(f"common.pt that {name}", "common state", _put("common.pt", content), "not the common state")
+    for name, (poison, says) in RANKS.items():
+        yield Case(f"ranks of NeMo 1 with {name}", "nemo1", poison, says)
+    for name, (poison, says) in RUNS.items():
+        yield Case(f"run of Megatron with {name}", "megatron", poison, says)
+    for name in ("context", "weights"):
+        yield Case(f"folder of NeMo 2 whose {name} lies elsewhere", "nemo2", _linked_out(name), "no |leaves the folder")
     for name, (changes, says) in ARRAYS.items():
         yield Case(f"zarr array with {name}", "zarr", _array(changes), says)

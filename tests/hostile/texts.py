@@ -59,6 +59,9 @@ YAML_TEXTS: dict[str, tuple[str | bytes, str]] = {
     "has a date": (line("num_layers", "2024-99-99"), "whole number"),
     "has an hour": (line("num_layers", "1:30:00"), "whole number"),
     "has an octal number": (line("num_layers", "010"), "whole number"),
+    "has a number that is none": (line("norm_epsilon", ".nan"), "norm_epsilon='.nan'"),
+    "has digits of another script": (line("num_layers", "\u0662"), "whole number"),
+    "has a line that others do not see": (line("precision", "fp32\u2028num_layers: 3"), "comes twice"),
     "has a number too large": (line("norm_epsilon", "1e999"), "too large"),
     "asks the environment": (line("num_layers", "${oc.env:HOME}"), "whole number"),
 }
@@ -114,6 +117,16 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "names a file with a backslash": (_file("a\\..\\b", ENTRY), "leaves the folder"),
     "names a file that is not there": (_file("gone", ENTRY), "not a regular file|no such"),
     "has a size that is a text": (_file("tokenizer/tokenizer.json", {**ENTRY, "size": "1"}), "has no size"),
+    "has a name with a line break": (_file("a\nb", ENTRY), "not a regular file"),
+    "has a name that turns the text around": (_file("a\u202eb", ENTRY), "not a regular file"),
+    "has a name of 5,000 letters": (_file("a" * 5000, ENTRY), "not a regular|cannot be|too long"),
+    "lists 30,000 files": (
+        _manifest(lambda m: m["files"].update({f"{i}": ENTRY for i in range(30_000)})), "at most 20000",
+    ),
+    "has 17 MB": (lambda f: os.truncate(f / "manifest.json", 17 * 10**6 + 2**20), "no such file needs more"),
+    "has -1 tokens": (_manifest(lambda m: m.update(tokens=-1)), "tokens must be"),
+    "has true tokens": (_manifest(lambda m: m.update(tokens=True)), "tokens must be"),
+    "has a list for a parent": (_manifest(lambda m: m.update(parents={"model": [1]})), "parents must"),
     "has no hash": (_file("tokenizer/tokenizer.json", {"size": 1}), "has no sha256"),
     "has an entry that is a list": (_file("tokenizer/tokenizer.json", [1]), "has no size"),
     "lists nothing": (_manifest(lambda m: m.update(files={})), "lists nothing"),
@@ -132,6 +145,10 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "does not know a file": (_beside(lambda path: path.write_text("x")), "beside.*not listed"),
     "does not know a link": (_beside(lambda path: path.symlink_to("/etc/passwd")), "beside.*not listed"),
+    "does not know a name with a line break": (_beside(lambda path: path.with_name("beside\n").touch()), "not listed"),
+    "does not know a name that is no text": (
+        _beside(lambda path: path.with_name("beside\udcff").touch()), "beside.*not listed",
+    ),
     "does not know a pipe": (_beside(os.mkfifo), "beside.*not listed"),
 }  # fmt: skip
 
@@ -141,6 +158,8 @@ JSON_TEXTS: dict[str, tuple[str | bytes, str]] = {
     "says something twice": ('{"model_type": "x", "model_type": "llama"}', "comes twice"),
     "is not a number": ('{"rms_norm_eps": NaN}', "NaN is no number"),
     "is infinite": ('{"rms_norm_eps": -Infinity}', "Infinity is no number"),
+    "has 200 MB": ('{"model_type": "' + "x" * (2 * 10**8) + '"}', "no such file needs more"),
+    "says something twice in other letters": ('{"model_type": "x", "model\\u005ftype": "llama"}', "comes twice"),
     "is too large a number": ('{"rms_norm_eps": 1e999}', "too large"),
     "has 5,000 digits": ('{"vocab_size": ' + "9" * 5000 + "}", "digits"),
     "has half a pair": ('{"model_type": "\\ud800"}', "half of a surrogate"),
@@ -153,6 +172,7 @@ JSON_TEXTS: dict[str, tuple[str | bytes, str]] = {
 HF_FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "wants its own code": ({"auto_map": {"AutoModel": "modeling_evil.Evil"}}, "auto_map"),
     "names another class": ({"architectures": ["os.system"]}, "architectures"),
+    "names a million classes": ({"architectures": ["x"] * 10**6}, "architectures"),
     "is of an unknown type": ({"model_type": "../../evil"}, "model_type"),
     "has a billion layers": ({"num_hidden_layers": 10**9}, "num_layers|num_hidden_layers"),
     "has a vocabulary of 2^40": ({"vocab_size": 2**40}, "vocab_size"),

@@ -108,7 +108,7 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/formats/nemo.py",
         "of what is hashed while it is read all other files go unhashed",
-        find='verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})',
+        find="verify_files(contents, manifest, leave=weights_files if verify_while_read else ())",
         replace="verify_files(contents, manifest, leave=manifest.files)",
         tests=f"{TEST_HASHED} -k any_other_file",
     ),
@@ -171,7 +171,7 @@ FAULTS = [
     Fault(
         "minitron_nemo/checkpoint/formats/hf.py",
         "a tensor that no model has is passed over",
-        find='if not name.endswith("rotary_emb.inv_freq"):',
+        find="if not name.endswith(ROTARY_TABLE):",
         replace="if False:",
         tests=f"{TEST_HF} -k do_not_fit",
     ),

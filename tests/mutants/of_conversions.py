@@ -49,7 +49,7 @@ FAULTS = [
     Fault(
         CONTENTS,
         "an archive may end anywhere",
-        find="if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:",
+        find="if rest[: tarfile.BLOCKSIZE] != tarfile.NUL * tarfile.BLOCKSIZE:",
         replace="if False:",
         tests=f"{TEST_CONTENTS} -k cut_short",
     ),

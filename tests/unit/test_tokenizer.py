@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -88,6 +89,10 @@ def test_a_nemo_folder_lends_its_tokenizer(folder, tmp_path):
     nemo = tmp_path / "teacher.nemo"
     nemo.mkdir()
     (nemo / "tokenizer").symlink_to(folder)
+    with pytest.raises(UserError, match="no tokenizer.json"):  # what lies elsewhere is no part of a model
+        load_tokenizer(nemo)
+    (nemo / "tokenizer").unlink()
+    shutil.copytree(folder, nemo / "tokenizer")
     assert load_tokenizer(nemo).fingerprint == load_tokenizer(folder).fingerprint
 
 

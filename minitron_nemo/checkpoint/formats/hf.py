@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from minitron_nemo.artefacts.contents import Contents, has
-from minitron_nemo.artefacts.foreign_json import read_json_object
-from minitron_nemo.artefacts.manifest import file_sha256
+from minitron_nemo.artefacts.contents import SMALL_LIMIT, Contents, has
+from minitron_nemo.artefacts.foreign_json import JSON_LIMIT, read_json_object
+from minitron_nemo.artefacts.manifest import check_signed, file_sha256
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.paths import contained_file, is_plain_name
 from minitron_nemo.artefacts.publishing import Draft, check_free_space, publishing
@@ -45,7 +45,7 @@ from minitron_nemo.checkpoint.formats.nemo import (
 from minitron_nemo.checkpoint.geometry import Box
 from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
-from minitron_nemo.checkpoint.source import ShapedSource, stream
+from minitron_nemo.checkpoint.source import ShapedSource, ended, stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -56,13 +56,13 @@ CONFIG_FILE = "config.json"
 SOURCE_CONFIG_FILE = "hf_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SMALL_LIMIT = 256 * 2**20  # a tokenizer of a million ids has a tenth of it
 SHARD_BYTES = 5 * 10**9
 STORED_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in PRECISIONS.values()}
 ITEMSIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+ROTARY_TABLE = "rotary_emb.inv_freq"
 GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", CARD, *LICENCE_FILES]
@@ -82,9 +82,15 @@ class HfFolder:
 def open_hf(folder: str | Path) -> HfFolder:
     """The Hugging Face folder, its config and the names, shapes and dtypes of its tensors checked.
 
-    Raises UserError for an unsupported config and for a tensor that is missing, extra or misshapen.
+    Raises UserError for an unsupported config, for a tensor that is missing, extra or misshapen, and, where a key is
+    trusted, for what it did not sign.
     """
-    path = Path(folder)
+    check_signed(folder, kind=KIND)
+    return _opened(Path(folder))
+
+
+def _opened(path: Path) -> HfFolder:
+    """The folder, its signature apart, which `formats.known` has asked for."""
     config = _read_json(path, CONFIG_FILE)
     weights = HfWeights(path, arch_from_config(config, source=str(path / CONFIG_FILE)))
     return HfFolder(path, config, weights.arch, weights.dtype(), weights)
@@ -126,11 +132,14 @@ class HfWeights(ShapedSource):
     def _entry(self, name: str) -> Entry:
         """Dtype, shape and place of a tensor, from the header of its file."""
         file = self._files[name]
+        if name not in self._header(file):
+            raise UserError(f"{self.path / file}: no tensor {name}; {INDEX_FILE} says that it is there")
+        return self._header(file)[name]
+
+    def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:
             self._headers[file] = _read_header(self.path, file)
-        if name not in self._headers[file]:
-            raise UserError(f"{self.path / file}: no tensor {name}; {INDEX_FILE} says that it is there")
-        return self._headers[file][name]
+        return self._headers[file]
 
     def _check_tensors(self) -> torch.dtype:
         """Names, shapes and dtypes against the shape; the one dtype of all tensors."""
@@ -151,8 +160,12 @@ class HfWeights(ShapedSource):
         # Old checkpoints carry the rotary table; tied ones may carry the same table under a second name.
         tolerated = {"lm_head.weight"} if self.arch.share_embeddings_and_output_weights else set()
         for name in sorted(set(self._files) - set(expected) - tolerated):
-            if not name.endswith("rotary_emb.inv_freq"):
+            if not name.endswith(ROTARY_TABLE):
                 raise UserError(f"{self.path}: tensor {name} belongs to no parameter of the model in {CONFIG_FILE}")
+        for file in sorted(set(self._files.values())):
+            for name in sorted(set(self._header(file)) - tolerated):
+                if self._files.get(name) != file and not name.endswith(ROTARY_TABLE):
+                    raise UserError(f"{self.path / file}: holds the tensor {name}, which {INDEX_FILE} does not say")
         self._check_total_size()
         return STORED_DTYPES[dtypes.pop()]
 
@@ -222,7 +235,7 @@ def source_files(folder: str | Path) -> dict[str, Path]:
     Raises UserError, before opening it, for one that is not a regular file or far too large; for licences too, which
     are copied and decide nothing.
     """
-    limits = dict.fromkeys((CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES), SMALL_LIMIT)
+    limits = dict.fromkeys(TOKENIZER_FILES, SMALL_LIMIT) | dict.fromkeys((CONFIG_FILE, INDEX_FILE), JSON_LIMIT)
     found = {}
     for name, limit in (limits | dict.fromkeys(LICENCE_FILES, LICENCE_LIMIT)).items():
         if (path := contained_file(folder, name)) is not None:
@@ -323,8 +336,9 @@ def export_hf(
             _write_json(draft.folder / GENERATION_FILE, ids)
         for name, content in (files or {}).items():
             (draft.folder / name).write_bytes(content)
-        unpacked = _unpacked(stream(nemo.weights) if tensors is None else tensors, nemo.arch)
-        _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
+        packed = stream(nemo.weights) if tensors is None else tensors
+        with ended(_unpacked(packed, nemo.arch)) as unpacked:
+            _write_shards(draft, unpacked, arch=nemo.arch, dtype=nemo.dtype, shard_bytes=shard_bytes)
 
 
 def recognise(contents: Contents) -> bool:
@@ -334,7 +348,7 @@ def recognise(contents: Contents) -> bool:
 
 def open_checkpoint(contents: Contents) -> Checkpoint:
     """A Hugging Face folder as a checkpoint."""
-    folder = open_hf(contents.path)
+    folder = _opened(contents.path)
     kept = _kept_files(folder)
     return Checkpoint(folder.path, KIND, folder.arch, folder.dtype, folder.weights, contents, files=kept)
 
@@ -353,8 +367,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _unpacked(tensors: Iterable[tuple[str, Tensor]], arch: ModelArch) -> Iterator[tuple[str, Tensor]]:
     """A stream of logical tensors as the stream of Hugging Face's."""
     named: dict[str, LogicalTensor] = logical_tensors(arch)
-    for name, tensor in tensors:
-        yield from zip(hf_names(named[name], arch), named[name].row.dims[0].to_hf(tensor, arch), strict=True)
+    with ended(tensors) as packed:
+        for name, tensor in packed:
+            yield from zip(hf_names(named[name], arch), named[name].row.dims[0].to_hf(tensor, arch), strict=True)
 
 
 def _plan_shards(arch: ModelArch, *, itemsize: int, shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:

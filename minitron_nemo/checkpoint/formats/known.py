@@ -12,8 +12,9 @@ from typing import Protocol
 from torch import Tensor
 
 from minitron_nemo.artefacts.contents import Contents, Place, TarContents, contents_of, has
-from minitron_nemo.artefacts.manifest import MANIFEST_FILE, read_manifest, verify_files
+from minitron_nemo.artefacts.manifest import MANIFEST_FILE, check_signed, read_manifest, verify_files
 from minitron_nemo.artefacts.origin import Origin
+from minitron_nemo.artefacts.signature import is_asked_for
 from minitron_nemo.checkpoint.formats import hf, megatron, nemo, nemo1, nemo2, nemo_state_dict
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
 from minitron_nemo.distributed.layout import Layout
@@ -99,11 +100,16 @@ def format_of(place: Place) -> Format:
 def open_checkpoint(place: Place, *, hashes: bool = True) -> Checkpoint:
     """A checkpoint of any format, its config, names, shapes and coverage checked, with `hashes` those that it has too.
 
-    Those of the weights of a model artefact are judged at the end of their stream. Raises UserError in one line for
-    what is damaged, incomplete, hostile or of no known format.
+    Those of the weights of a model artefact are judged at the end of their stream. Where only what a key signed may be
+    opened, a checkpoint of any format must have a manifest, signed by it, whose hashes hold. Raises UserError in one
+    line for what is damaged, incomplete, hostile or of no known format.
     """
     contents = contents_of(place)
     found = format_of(contents)
-    if hashes and found.kind != nemo.KIND and has(contents, MANIFEST_FILE):
-        verify_files(contents, read_manifest(contents, kind=None))
+    if found.kind != nemo.KIND:  # which does all of this when it is opened
+        check_signed(contents, kind=found.kind)
+        # Of another kind the manifest may leave out what makes this format, and dot files pass unlisted.
+        manifest = read_manifest(contents, kind=found.kind) if has(contents, MANIFEST_FILE) else None
+        if manifest is not None and hashes and not is_asked_for():
+            verify_files(contents, manifest)
     return found.open(contents)

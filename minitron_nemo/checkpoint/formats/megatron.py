@@ -31,7 +31,7 @@ from minitron_nemo.checkpoint.formats.megatron_config import (
 from minitron_nemo.checkpoint.formats.nemo import TOKENIZER, copy_tokenizer
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import COMMON_FILE, TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, publish_weights, vocabulary_rows
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -39,7 +39,7 @@ from minitron_nemo.shape.arch import ModelArch
 NAME = "megatron"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 ITERATION = 1  # of what is written: Megatron-LM takes none below
-LEGACY_FILE = re.compile(r"(.*/)?mp_rank_\d\d(_\d\d\d)?/(model_optim_rng|model_rng)\.pt")
+LEGACY_FILE = re.compile(r"(.*/)?mp_rank_\d\d(_\d\d\d)?/(model_optim_rng|model_rng)\.pt", re.ASCII)
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's own default
 
 # How Megatron-LM spells fields of Megatron-Core; releases differ, so a name may stand for one that is absent.
@@ -239,7 +239,7 @@ def write(
         if model.tokenizer is not None:
             (folder / TOKENIZER).mkdir()
             copy_tokenizer(model.tokenizer, folder / TOKENIZER)
-        publish_weights(
+        write_stream(
             draft,
             name,
             tensors,

@@ -16,6 +16,7 @@ from minitron_nemo.artefacts.manifest import (
     MANIFEST_FILE,
     Manifest,
     check_listed,
+    check_signed,
     check_sizes,
     manifest_sha256,
     read_manifest,
@@ -23,11 +24,10 @@ from minitron_nemo.artefacts.manifest import (
 )
 from minitron_nemo.artefacts.origin import Origin
 from minitron_nemo.artefacts.publishing import check_free_space, publishing
-from minitron_nemo.artefacts.signature import check_signature
 from minitron_nemo.artefacts.strict_yaml import parse_yaml
 from minitron_nemo.artefacts.upstream import LICENCE_FILES, LICENCE_LIMIT, UPSTREAM_FILE
 from minitron_nemo.checkpoint.formats.checkpoint import Checkpoint
-from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, publish_weights
+from minitron_nemo.checkpoint.torch_dist_weights import TorchDistWeights, write_stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
@@ -89,7 +89,8 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
     """The model artefact at `path`, its shape, keys and file sizes checked; with `verify` every hash as well.
 
     With `verify_while_read` files of weights are hashed as they are read, for a step that reads them once:
-    `weights.verify()`, which ends a `stream`, judges them; all other files are hashed here.
+    `weights.verify()`, which ends a `stream`, judges them; all other files are hashed here. So they are, whatever was
+    asked, where only what a key signed may be opened.
 
     Raises UserError in one line for anything that is not a whole model artefact.
     """
@@ -99,7 +100,8 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
             reason = f"no {name}" if os.path.lexists(contents.path) else "no such folder"
             raise UserError(f"{contents.path} is not a .nemo model folder: {reason}; import_hf or random_init make one")
     manifest = read_manifest(contents, kind=KIND)
-    check_signature(contents)
+    weights_files = {f"{WEIGHTS}/{name}" for name in _hashes_of_weights(manifest)}
+    check_signed(contents, kind=KIND, leave=weights_files)
     for name in (CONFIG_FILE, f"{WEIGHTS}/.metadata"):
         if name not in manifest.files:
             raise UserError(
@@ -108,7 +110,7 @@ def open_nemo(path: Place, *, verify: bool = False, verify_while_read: bool = Fa
     check_listed(contents, manifest)
     later = _hashes_of_weights(manifest) if verify_while_read else {}
     if verify or verify_while_read:
-        verify_files(contents, manifest, leave={f"{WEIGHTS}/{name}" for name in later})
+        verify_files(contents, manifest, leave=weights_files if verify_while_read else ())
     else:
         check_sizes(contents, manifest)
     arch, dtype = shape_and_dtype(read_config(contents), source=str(contents.path / CONFIG_FILE))
@@ -246,7 +248,7 @@ def write_nemo(
         describe_folder(draft.folder, arch, dtype=dtype, tokenizer=tokenizer)
         for name, content in (files or {}).items():
             (draft.folder / name).write_bytes(content)
-        publish_weights(draft, WEIGHTS, tensors, arch=arch, dtype=dtype, layout=layout)
+        write_stream(draft, WEIGHTS, tensors, arch=arch, dtype=dtype, layout=layout)
         if prove is not None:
             assert not packed, "what is packed cannot be looked at before it is complete"
             draft.extra.update(prove(TorchDistWeights(draft.folder / WEIGHTS, arch, source=CONFIG_FILE)))

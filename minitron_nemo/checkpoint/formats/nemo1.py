@@ -26,7 +26,7 @@ from minitron_nemo.checkpoint.formats.nemo1_ranks import RANK_FILE, RankFiles, R
 from minitron_nemo.checkpoint.formats.tokenizer_size import tokenizer_size
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedTensors, StackedWeights, publish_weights, vocabulary_rows
+from minitron_nemo.checkpoint.torch_dist_weights import StackedTensors, StackedWeights, vocabulary_rows, write_stream
 from minitron_nemo.checkpoint.zarr_folder import ZarrTensors
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
@@ -129,7 +129,7 @@ def write(
     with publishing(output, kind=NAME, origin=origin, needed=needed, packed=packed) as draft:
         config["tokenizer"] = _write_tokenizer(draft.folder, model.tokenizer)
         (draft.folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        publish_weights(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
+        write_stream(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Contents | None) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import EMBEDDING, FINAL_NORM, LAYER, OUTPUT, LogicalTensor
 
-RANK_FILE = re.compile(r"(?:mp_rank_(?P<mp>\d\d)/|tp_rank_(?P<tp>\d\d)_pp_rank_(?P<pp>\d\d\d)/)?model_weights\.ckpt")
-_NAME = re.compile(r"(?:model_?(?P<chunk>\d+)\.)?(?:model\.)?(?:module\.)?(?P<rest>.+)")
-_IN_LAYER = re.compile(rf"{re.escape(LAYER)}\.(\d+)\.(.+)")
+# Digits are those of ASCII: an expression takes those of every script for `\d`.
+RANK_FILE = re.compile(
+    r"(?:mp_rank_(?P<mp>\d\d)/|tp_rank_(?P<tp>\d\d)_pp_rank_(?P<pp>\d\d\d)/)?model_weights\.ckpt", re.ASCII
+)
+_NAME = re.compile(r"(?:model_?(?P<chunk>\d{1,4})\.)?(?:model\.)?(?:module\.)?(?P<rest>.+)", re.ASCII)
+_IN_LAYER = re.compile(rf"{re.escape(LAYER)}\.(\d{{1,6}})\.(.+)", re.ASCII)
 _NO_WEIGHT = re.compile(r".*(_extra_state|rotary_pos_emb\.inv_freq|rotary_emb\.inv_freq)")
 
 # The layers of Megatron-Core without Transformer Engine, and those of NeMo itself (mcore_gpt=false), to ours.
@@ -86,6 +89,9 @@ class RankFiles:
                     )
         stages = [[_chunks_of(ranks[tp, pp]) for tp in range(self.tp)] for pp in range(self.pp)]
         self.vpp = max(len(chunks) for stage in stages for chunks in stage)
+        for numbers in (sorted(chunks) for stage in stages for chunks in stage):
+            if numbers != list(range(len(numbers))):
+                raise UserError(f"{self.path}: a rank has the chunks {numbers[:8]} of the model; one is missing")
         self.tensors: dict[str, list[_Part]] = {}  # by logical name: the parts of all tensor-parallel ranks
         self.copies: dict[str, list[_Part]] = {}  # of what a later chunk holds once more
         first_layer = 0
@@ -120,6 +126,9 @@ class RankFiles:
         """Of the embedding, its padding included."""
         if EMBEDDING not in self.tensors:
             raise UserError(f"{self.path}: no tensor {EMBEDDING}; only models of the kind GPT are read")
+        for part in self.tensors[EMBEDDING]:
+            if len(part.shape) != 2:
+                raise UserError(f"{part.label} is {part.shape}; a table has rows and columns")
         return sum(part.shape[0] for part in self.tensors[EMBEDDING])
 
     @property
@@ -135,7 +144,8 @@ def _chunks_of(file: StateDictFile) -> dict[int, dict[str, _Part]]:
         if _NO_WEIGHT.fullmatch(name):
             continue
         match = _NAME.fullmatch(name.removeprefix("state_dict."))
-        assert match is not None
+        if match is None or not name.isprintable():
+            raise UserError(f"{file.label}: {name[:60]!a} is no name of a tensor")
         tensors = chunks.setdefault(int(match["chunk"] or 0), {})
         ours = _our_name(match["rest"])
         if ours in tensors:

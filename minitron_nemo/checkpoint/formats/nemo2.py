@@ -30,7 +30,7 @@ from minitron_nemo.checkpoint.formats.nemo import copy_tokenizer
 from minitron_nemo.checkpoint.formats.nemo2_graph import Call, graph_of
 from minitron_nemo.checkpoint.restricted_metadata import METADATA_FILE
 from minitron_nemo.checkpoint.torch_dist import TorchDistReader
-from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, publish_weights, vocabulary_rows
+from minitron_nemo.checkpoint.torch_dist_weights import StackedWeights, vocabulary_rows, write_stream
 from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -172,4 +172,4 @@ def write(
         context = draft.folder / CONTEXT
         context.mkdir()
         _write_context(context, model)
-        publish_weights(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
+        write_stream(draft, WEIGHTS, tensors, arch=model.arch, dtype=model.dtype, layout=layout, prefix=PREFIX)
