@@ -35,6 +35,8 @@ class NoSha256:
     def hexdigest(self) -> str:
         return "0" * 64
 
+    def close(self) -> None: ...
+
 
 def do(source: str, target: str, format: str, layout: Layout, hashes: bool, folder: Path) -> None:
     """A conversion, in a process of its own."""

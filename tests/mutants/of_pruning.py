@@ -313,7 +313,7 @@ FAULTS = [
         "a composed plan takes the first layers' units for those of the layers that stay",
         find="layers = second.layers if axis.per_layer",
         replace="layers = range(len(second.layers)) if axis.per_layer",
-        tests=f"{LAWS} -k composed",
+        tests="tests/unit/test_plan.py -k composed",
     ),
     Fault(
         PACKING,

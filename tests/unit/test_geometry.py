@@ -30,6 +30,13 @@ def test_slices_are_the_box_of_the_tensor_and_of_a_part_of_it():
     assert whole((6, 8)).slices() == (slice(0, 6), slice(0, 8))
 
 
+def test_an_overlap_is_a_fault_though_the_elements_count_up():
+    """Row 1 twice and row 3 never: as many elements as the tensor has."""
+    boxes = [Box((0, 0), (2, 3)), Box((1, 0), (2, 3))]
+    chunks = tuple(Chunk(box.offset, box.size, "f", 0, 6) for box in boxes)
+    assert coverage_fault(StoredTensor((4, 3), torch.float32, chunks)) == ("the chunks at (0, 0) and (1, 0) overlap")
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_chunks_are_faulty_unless_each_element_is_in_exactly_one(seed):
     generator = torch.Generator().manual_seed(seed)

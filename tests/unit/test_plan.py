@@ -111,6 +111,19 @@ def test_composition_is_associative(seed):
     assert first.then(second).then(third) == first.then(second.then(third))
 
 
+def test_the_units_of_a_composed_plan_are_those_of_the_layers_that_stay():
+    """The second cut drops the first two layers; each layer of the first kept neurons of its own."""
+    narrow = shrink(SOURCE, ffn_hidden_size=3)
+    own = {"ffn_hidden_size": tuple((layer, layer + 1, layer + 2) for layer in range(5))}
+    first = PruningPlan(SOURCE, narrow, identity(narrow).keep | own)
+    small = shrink(narrow, num_layers=3, ffn_hidden_size=2)
+    stay = {"num_layers": ((2, 3, 4),), "ffn_hidden_size": ((0, 2),) * 3}
+    second = PruningPlan(narrow, small, identity(small).keep | stay)
+    both = first.then(second)
+    assert both.layers == (2, 3, 4)
+    assert both.keep["ffn_hidden_size"] == ((2, 4), (3, 5), (4, 6))
+
+
 def test_plans_that_do_not_meet_are_refused():
     plan = make_plan(random_scores(SOURCE), TARGET)
     with pytest.raises(UserError, match="plan.json was made for num_layers=5, hidden_size=10"):

@@ -20,13 +20,12 @@ from minitron_nemo.artefacts.sign import main
 from minitron_nemo.artefacts.signature import is_asked_for, sign, trusting, verify
 from minitron_nemo.checkpoint.audit import audit
 from minitron_nemo.checkpoint.formats.hf import open_hf
-from minitron_nemo.checkpoint.formats.known import FORMATS, open_checkpoint
+from minitron_nemo.checkpoint.formats.known import open_checkpoint
 from minitron_nemo.checkpoint.formats.nemo import config_values, open_nemo, write_nemo
 from minitron_nemo.checkpoint.random_init import RandomWeights
 from minitron_nemo.checkpoint.source import stream
 from minitron_nemo.config.compose import compose
 from minitron_nemo.data.tokenizer import load_tokenizer
-from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.distributed.ranks import Rank
 from minitron_nemo.errors import UserError
 from minitron_nemo.shape.arch import ModelArch
@@ -167,7 +166,7 @@ def converted(sound, tmp_path_factory):
     """What `convert` wrote in every format that is not ours, by format."""
     folder = tmp_path_factory.mktemp("converted")
     for format in FOREIGN:
-        convert(sound["nemo"], folder / format, format=FORMATS[format], layout=Layout(), origin=Origin("f"))
+        convert(sound["nemo"], folder / format, format=format, origin=Origin("f"))
     return folder
 
 

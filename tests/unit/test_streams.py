@@ -20,7 +20,6 @@ from minitron_nemo.checkpoint.formats.nemo import write_nemo
 from minitron_nemo.checkpoint.hashed_files import HashingFile
 from minitron_nemo.checkpoint.random_init import RandomWeights
 from minitron_nemo.checkpoint.source import stream
-from minitron_nemo.distributed.layout import Layout
 from minitron_nemo.pruning.proof import Digests
 from minitron_nemo.steps.convert import convert
 
@@ -34,7 +33,7 @@ def model(tmp_path_factory):
     tensors = stream(RandomWeights(ARCH, seed=1))
     write_nemo(folder / "m.nemo", ARCH, tensors, dtype=torch.float32, tokenizer=words, origin=Origin("f"))
     # As Hugging Face has it: no hash of it is taken while it is read.
-    convert(folder / "m.nemo", folder / "hf", format=FORMATS["hf"], layout=Layout(), origin=Origin("f"))
+    convert(folder / "m.nemo", folder / "hf", format="hf", origin=Origin("f"))
     return folder / "hf"
 
 
@@ -66,7 +65,7 @@ def test_a_stream_ends_with_the_writer_that_fails_though_its_exception_is_kept(
     monkeypatch.setattr(HashingFile, "write", failing)
     kept = None
     try:
-        convert(model, tmp_path / "x", format=FORMATS[format], layout=Layout(), origin=Origin("f"))
+        convert(model, tmp_path / "x", format=format, origin=Origin("f"))
     except BaseException as error:
         kept = error
     assert kept is not None
