@@ -15,7 +15,7 @@ from typing import Any
 from minitron_nemo.artefacts.contents import Contents, Place, contents_of, has
 from minitron_nemo.artefacts.foreign_json import read_json_in
 from minitron_nemo.data.tokenizer import open_backend
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Files beside tokenizer.json that name tokens by their ids, as `bos_token_id` and the like.
@@ -121,8 +121,7 @@ class Vocabulary:
                     )
 
     def _show(self, ident: int) -> str:
-        text = ascii(self.words.get(ident, ""))
-        return text if len(text) < 40 else text[:37] + "..."
+        return shown(self.words.get(ident, ""))
 
 
 def _last_merge(word: str, ranks: Mapping[Pair, int]) -> Pair | None:

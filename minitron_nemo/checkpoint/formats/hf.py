@@ -47,7 +47,7 @@ from minitron_nemo.checkpoint.hashed_files import fill_from
 from minitron_nemo.checkpoint.safetensors_stream import DTYPE_NAMES, Entry, SafetensorsWriter, read_header
 from minitron_nemo.checkpoint.source import ShapedSource, ended, stream
 from minitron_nemo.distributed.layout import Layout
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import ModelArch
 from minitron_nemo.shape.tensors import LogicalTensor, logical_tensors
 
@@ -181,7 +181,7 @@ class HfWeights(ShapedSource):
         found = sum(math.prod(entry.shape) * ITEMSIZES.get(entry.dtype, 0) for entry in entries)
         if type(said) not in (int, float) or said != found:
             raise UserError(
-                f"{self.path / INDEX_FILE}: total_size={_short(said)}, the tensors that it names have {found} bytes; "
+                f"{self.path / INDEX_FILE}: total_size={shown(said)}, the tensors that it names have {found} bytes; "
                 "fetch the model again, or correct the number if the model is right"
             )
 
@@ -190,11 +190,6 @@ def _check_finite(tensor: Tensor, path: Path, name: str) -> None:
     """Refuse a weight that is no number: its maker gives no hash, and one such weight spoils every logit."""
     if not is_finite(tensor):
         raise UserError(f"{path}: tensor {name} is not all finite numbers; fetch the model again")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else text[:37] + "..."
 
 
 def _read_header(folder: Path, name: str) -> dict[str, Entry]:

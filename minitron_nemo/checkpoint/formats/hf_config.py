@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minitron_nemo.checkpoint.formats.hf_families import HF_FAMILIES, HfFamily, family_of
-from minitron_nemo.errors import UserError, naming
+from minitron_nemo.errors import UserError, naming, shown
 from minitron_nemo.shape.arch import WHOLE_HEADS, ModelArch, RopeScaling
 
 ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -46,7 +46,7 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         raise UserError(f"{source}: architectures={architectures!r}: {model_type} needs ['{family.architecture}']")
     for name, reason in REFUSED.items():
         if config.get(name):
-            raise UserError(f"{source}: {name}={_short(config[name])}: {reason}")
+            raise UserError(f"{source}: {name}={shown(config[name])}: {reason}")
     _check_attention(config, family, source)
     if (act := config.get("hidden_act", family.hidden_act)) != family.hidden_act:
         raise UserError(f"{source}: hidden_act={act!r}: {model_type} is supported with {family.hidden_act!r}")
@@ -71,16 +71,11 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
 def _check_attention(config: dict[str, Any], family: HfFamily, source: str) -> None:
     """Refuse attention that does not reach back to the first token."""
     layer_types = config.get("layer_types")
     if layer_types and any(kind != "full_attention" for kind in layer_types):
-        raise UserError(f"{source}: layer_types={_short(layer_types)}: only full_attention is supported")
+        raise UserError(f"{source}: layer_types={shown(layer_types)}: only full_attention is supported")
     if family.window_needs is not None and not config.get(family.window_needs):
         return
     window, reach = config.get("sliding_window", family.window), config.get("max_position_embeddings")
@@ -117,7 +112,7 @@ def _rope(config: dict[str, Any], family: HfFamily, source: str) -> tuple[float,
     """(base, rotated part of each head, scaling) from `rope_parameters` (transformers 5) or the older fields."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{source}: rope_parameters={_short(rope)}: must be a mapping")
+        raise UserError(f"{source}: rope_parameters={shown(rope)}: must be a mapping")
     # transformers 5 lets the older top-level fields fill what the mapping leaves out.
     older = {name: value for name, value in config.items() if name in ("rope_theta", "partial_rotary_factor")}
     rope = older | rope

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_nemo.errors import UserError
+from minitron_nemo.errors import UserError, shown
 from minitron_nemo.shape.arch import FAMILIES, ModelArch, RopeScaling
 
 FAMILY = "minitron_family"  # ours, beside the fields of others, which pass it over: llama and mistral compute alike
@@ -54,9 +54,7 @@ class ModelFields:
         self.values, self.source, self.called = values, source, called or {}
 
     def refusal(self, name: str, allowed: str) -> UserError:
-        shown = repr(self.values.get(name))
-        shown = shown if len(shown) < 60 else shown[:57] + "..."
-        return UserError(f"{self.source}: {self.called.get(name, name)}={shown}: {allowed}")
+        return UserError(f"{self.source}: {self.called.get(name, name)}={shown(self.values.get(name))}: {allowed}")
 
     def size(self, name: str, *, default: int | None = None) -> int:
         value = self.values.get(name)
@@ -87,8 +85,8 @@ def arch_of(fields: ModelFields, *, vocab_size: int, rope_scaling: RopeScaling |
     """
     for name, allowed in REFUSED.items():
         if (value := fields.values.get(name)) is not None and value not in allowed:
-            shown = f"only {allowed[0]!r} is supported" if allowed else "not supported, it must be left out or null"
-            raise fields.refusal(name, shown)
+            may = f"only {allowed[0]!r} is supported" if allowed else "not supported, it must be left out or null"
+            raise fields.refusal(name, may)
     if (position := fields.values.get("position_embedding_type")) != "rope":
         raise fields.refusal("position_embedding_type", f"only 'rope' is supported, not {position!r}")
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
