@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from minitron_nemo.cli import run_safely
+from minitron_nemo.cli import leave, run_safely
 from minitron_nemo.errors import UserError
 
 
@@ -45,4 +45,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """Starting ranks: this process when torchrun or srun made it one, else a group of processes on this node."""
 
-import gc
 import multiprocessing
 import os
 import secrets
@@ -20,9 +19,16 @@ import torch
 from minitron_nemo.distributed.ranks import Rank, rank_from_environment, stop
 from minitron_nemo.distributed.stopping import END, GRACE, INTERRUPTED, STOP, hearing, is_leaving, obey, obeying_signals
 from minitron_nemo.errors import RankError, StoppedError, UserError
+from minitron_nemo.garbage import collect_from_here
 
-# By name: what the ranks of every step will import.
-PRELOADED = ["torch", "minitron_nemo.steps.train", "minitron_nemo.steps.estimate", "minitron_nemo.steps.evaluate"]
+# By name: what the ranks of every step will import, after what keeps the collector from looking at it.
+PRELOADED = [
+    "minitron_nemo.distributed.preloading",
+    "torch",
+    "minitron_nemo.steps.train",
+    "minitron_nemo.steps.estimate",
+    "minitron_nemo.steps.evaluate",
+]
 FIRST_PORT = 10000  # above what services of a machine usually listen at
 PORTS_TRIED = 100
 EPHEMERAL_PORTS = "/proc/sys/net/ipv4/ip_local_port_range"
@@ -161,7 +167,7 @@ def _first_ephemeral_port() -> int:
 def _rank_main(
     body: Callable, rank: Rank, arguments: tuple, port: int, gpu: bool, sender: Connection, launcher: Connection
 ) -> None:
-    gc.freeze()  # what was imported before lives as long as the process: the collector need not walk it again
+    collect_from_here()
     obey(launcher)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not gpu:

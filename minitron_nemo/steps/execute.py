@@ -14,6 +14,7 @@ from minitron_nemo.artefacts.lock import locked
 from minitron_nemo.artefacts.signature import trusting
 from minitron_nemo.config.schema import Config
 from minitron_nemo.distributed.ranks import is_main_process
+from minitron_nemo.garbage import collect_from_here
 from minitron_nemo.steps.step import Job, Recipe, logger
 
 
@@ -37,6 +38,7 @@ def _execute(recipe: Recipe, config: Config) -> bool:
         return False
     job.check_output()
     started = time.monotonic()
+    collect_from_here()
     with writing(job.output), _alone(job):
         recipe.start(config, job)
     logger.info(f"{recipe.name}: wrote {job.output} in {time.monotonic() - started:.0f} s")
