@@ -30,8 +30,8 @@ from minitron_nemo.training.checkpoints import CheckpointFolder, save_model
 from minitron_nemo.training.objectives import DistillationObjective, batch_sums
 from minitron_nemo.training.state import TrainState
 
-GLOBAL_BATCH, WINDOW, SEQ_LENGTH, STEPS = 8, 4, 16, 3
-SAMPLES = 32  # of the calibration set: they are taken by eighths, each of whole groups of micro-batches
+GLOBAL_BATCH, WINDOW, SEQ_LENGTH, STEPS = 4, 2, 16, 3
+SAMPLES = 16  # of the calibration set: they are taken by eighths, each of whole groups of micro-batches
 ARCHS = {
     "student": dataclasses.replace(MISTRAL, num_layers=5),
     "teacher": dataclasses.replace(LLAMA, num_layers=6, hidden_size=64),
