@@ -157,7 +157,8 @@ def test_an_entry_that_no_checkpoint_has_refuses_the_archive(tmp_path, entry, re
 def test_an_archive_that_is_cut_short_or_packed_tighter_is_refused(both, tmp_path):
     _, tar = both
     content = tar.path.read_bytes()
-    for length in (0, 100, 512, 700, len(content) // 2, len(content.rstrip(b"\0"))):
+    last = len(content.rstrip(b"\0"))  # byte of the last entry; the mark of the end begins with the next block
+    for length in (0, 100, 512, 700, len(content) // 2, last, -(-last // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE):
         (tmp_path / "short.nemo").write_bytes(content[:length])
         with pytest.raises(UserError, match=r"short\.nemo"):
             open_nemo(tmp_path / "short.nemo")
@@ -165,6 +166,14 @@ def test_an_archive_that_is_cut_short_or_packed_tighter_is_refused(both, tmp_pat
     subprocess.run(["gzip", path], check=True)
     with pytest.raises(UserError, match="compressed with gzip"):
         tar_members(tmp_path / "gz.nemo.gz")
+
+
+def test_a_tar_whose_entries_fill_its_records_has_an_end_too(tmp_path):
+    tar = PackedTar(tmp_path / "x.nemo")
+    tar.add("a", bytes(tarfile.RECORDSIZE - tarfile.BLOCKSIZE))
+    tar.close()
+    assert (tmp_path / "x.nemo").stat().st_size == 2 * tarfile.RECORDSIZE
+    assert list(tar_members(tmp_path / "x.nemo")) == ["a"]
 
 
 def test_headers_without_end_are_refused_before_they_are_held(tmp_path):
