@@ -20,6 +20,7 @@ def test_what_two_boxes_share_is_what_their_elements_share(first):
     for second in BOXES:
         shared = first.shared_with(second)
         assert elements(first) & elements(second) == (elements(shared) if shared else set())
+        assert shared is None or elements(shared), "what only touches shares nothing, and is not read"
 
 
 def test_slices_are_the_box_of_the_tensor_and_of_a_part_of_it():
