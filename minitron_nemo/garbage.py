@@ -1,6 +1,6 @@
 """When the garbage collector works: not while modules are imported, and never on what they brought along.
 
-That lives as long as the process. Walking it again and again takes as long as importing it does.
+That lives as long as the process, and walking it again and again takes a third of the time that importing it does.
 """
 
 import functools
